@@ -1,0 +1,304 @@
+"""Engine: weights and kernels, unchanged after load. Session: one timeline of tokens. Knows nothing of text.
+
+One path for prefill and decode: a session contributes n >= 1 tokens from its position, always.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tenfold import checkpoint, ops
+from tenfold import config as configuration
+from tenfold.config import DeepseekV4Config, ModelConfig
+from tenfold.errors import ContextTooLong, InputError, UsageError
+from tenfold.machine import this_machine
+from tenfold.models import Binder, Model, build
+from tenfold.sampler import Sampled, Sampler, SamplingParams
+from tenfold.step import Span, Step
+from tenfold.streams import RestorePoint, Streams
+from tenfold.weights import Weights, open_weights
+
+__all__ = ["Engine", "Session", "Snapshot", "parse_bytes"]
+
+NUMERICS = ("deployed", "exact")
+_MAX_CHUNK_TOKENS = 4096
+_MAX_POINTS = 8
+_POINT_EVERY_TOKENS = 128
+
+Progress = Callable[[int], None]
+"""Called with the number of tokens read so far, after each chunk."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from "12G", "512M" or a number; K, M, G and T are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
+    if match is None or float(match.group(1)) <= 0:
+        raise UsageError(f"memory is {text!r}, expected a positive size such as 12G or 512M")
+    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
+
+
+class Engine:
+    """A loaded model on a backend; make sessions with `session()`."""
+
+    def __init__(self, config: ModelConfig, model: Model, *, backend: str, exact: bool, chunk_tokens: int) -> None:
+        self.config = config
+        self.model = model
+        self.backend = backend
+        self.exact = exact
+        self.chunk_tokens = chunk_tokens
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        backend: str = "auto",
+        numerics: Literal["deployed", "exact"] = "deployed",
+        memory: str | int | None = None,
+        store: None = None,
+    ) -> Engine:
+        """Opens a checkpoint folder; `memory` bounds what is unpacked and computed at once (default: half of what is free).
+
+        Raises ConfigError, CheckpointError, BackendMissing or UsageError. `store` is reserved for the disk store.
+        """
+        if numerics not in NUMERICS:
+            raise UsageError(f"numerics is {numerics!r}, expected one of {', '.join(NUMERICS)}")
+        if store is not None:
+            raise UsageError("this version has no disk store yet; leave store at None")
+        name, operations = ops.select(backend)
+        budget = this_machine().ram_available_bytes // 2 if memory is None else parse_bytes(memory)
+        config = configuration.load(source)
+        weights = _open(source, config)
+        resident = 4 * sum(spec.numel for spec in checkpoint.tensors(config)) <= budget // 2
+        bind = Binder(weights.take, operations, resident, exact=numerics == "exact")
+        model = build(config, bind)
+        weights.finish()
+        return cls(config, model, backend=name, exact=bind.exact, chunk_tokens=_chunk_tokens(config, budget))
+
+    def session(self, context: int | None = None) -> Session:
+        """A new, empty timeline for up to `context` tokens (default: what the model was trained for)."""
+        most = self.config.max_position_embeddings
+        if context is not None and not 1 <= context <= most:
+            raise ContextTooLong(f"context is {context:,} tokens, expected 1 to {most:,} for this model")
+        return Session(self, context or most)
+
+    def step(self, batch: Mapping[Session, Sequence[int]]) -> dict[Session, Tensor]:
+        """Adds tokens to several sessions in one pass; float32 [vocab] logits of each one's last position."""
+        self._run({session: session.accept(ids) for session, ids in batch.items()}, every=False)
+        return {session: session.last_logits for session in batch}
+
+    def _run(self, batch: Mapping[Session, list[int]], every: bool) -> Tensor:
+        """One forward pass; a session whose pass is cut short is put right before its next use."""
+        spans, start = [], 0
+        for session, ids in batch.items():
+            session.ready()
+            spans.append(Span(session.streams, start, start + len(ids), session.length))
+            start += len(ids)
+        last = torch.tensor([span.stop - 1 for span in spans])
+        step = Step(
+            ids=torch.tensor([token for ids in batch.values() for token in ids]),
+            positions=torch.cat([torch.arange(s.position, s.position + s.num_tokens) for s in spans]),
+            spans=tuple(spans),
+            wanted=torch.arange(start) if every else last,
+        )
+        for session in batch:
+            session.in_flight = True
+        with torch.no_grad():
+            logits = self.model.forward(step)
+        for row, (session, ids) in enumerate(batch.items()):
+            session.advance(ids, logits[last[row] if every else row])
+        return logits
+
+
+def _open(source: str | Path, config: ModelConfig) -> Weights:
+    if isinstance(source, str) and source in configuration.PRESETS and not Path(source).is_dir():
+        raise UsageError(
+            f"{source!r} is a configuration without weights; download the checkpoint and give its folder, "
+            f"or try `tenfold synth {source} --layers 4 --hidden 512 DIR` for a small random one"
+        )
+    return open_weights(Path(source), config)
+
+
+def _chunk_tokens(config: ModelConfig, budget: int) -> int:
+    """Tokens of a chunk, so that a quarter of the budget holds its activations; a multiple of 128 where it can."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    if isinstance(config, DeepseekV4Config):
+        numbers = 3 * config.hc_mult * hidden + 4 * heads * config.head_dim
+    else:
+        numbers = 4 * hidden + 4 * heads * 576
+    numbers += 3 * config.index_n_heads * config.index_head_dim + 4 * config.moe_intermediate_size
+    tokens = min(budget // 4 // (4 * numbers), _MAX_CHUNK_TOKENS)
+    return max(tokens // 128 * 128, 16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Point:
+    """A place a session can come back to without reading from the start."""
+
+    streams: RestorePoint
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """A whole timeline in memory: tokens, streams, last logits. Restores into any session of the same engine."""
+
+    tokens: tuple[int, ...]
+    point: RestorePoint
+    rows: Mapping[tuple[int, str], Tensor]
+    logits: Tensor | None
+
+
+class Session:
+    """One timeline of tokens with its streams."""
+
+    def __init__(self, engine: Engine, context: int) -> None:
+        self.engine = engine
+        self.context = context
+        self.streams = Streams(engine.config, context, engine.exact)
+        self.in_flight = False
+        self._tokens: list[int] = []
+        self._logits: Tensor | None = None
+        self._points: list[_Point] = []
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self._tokens)
+
+    @property
+    def length(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def last_logits(self) -> Tensor:
+        """float32 [vocab] after the last token."""
+        if self._logits is None:
+            raise UsageError("the session holds no tokens yet; feed a prompt first")
+        return self._logits
+
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes in use by component: window, csa, hca, mla, index_keys, state."""
+        return self.streams.kv_bytes()
+
+    def feed(
+        self, ids: Sequence[int], logits: Literal["last", "all"] = "last", progress: Progress | None = None
+    ) -> Tensor:
+        """Reads tokens; float32 [vocab] of the last position, or [len(ids), vocab] with logits="all"."""
+        if logits not in ("last", "all"):
+            raise UsageError(f"logits is {logits!r}, expected 'last' or 'all'")
+        tokens = self.accept(ids, allow_empty=True)
+        collected = [torch.empty(0, self.engine.config.vocab_size)]
+        for start in range(0, len(tokens), self.engine.chunk_tokens):
+            chunk = tokens[start : start + self.engine.chunk_tokens]
+            output = self.engine._run({self: chunk}, every=logits == "all")
+            if logits == "all":
+                collected.append(output)
+            if progress is not None:
+                progress(start + len(chunk))
+        if len(tokens) > 1:
+            self._mark()
+        return torch.cat(collected) if logits == "all" else self.last_logits
+
+    def generate(self, params: SamplingParams) -> Iterator[Sampled]:
+        """Samples until max_tokens, an end-of-sequence token or a full context; what it yields joins the timeline.
+
+        The end-of-sequence token is neither yielded nor read. Stop strings are the caller's: they need text.
+        """
+        sampler = Sampler(params, prompt=self.tokens)
+        for _ in range(min(params.max_tokens, self.context - self.length)):
+            sampled = sampler.sample(self.last_logits)
+            if sampled.id in self.engine.config.eos_token_id and not params.ignore_eos:
+                return
+            yield sampled
+            self.feed([sampled.id])
+
+    def rewind(self, length: int) -> None:
+        """Back to the first `length` tokens: the nearest restore point before, then what is missing is read again."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"cannot rewind to {length:,} tokens, the session holds {self.length:,}")
+        if length == self.length and not self.in_flight:
+            return
+        tokens = self._tokens[:length]
+        self._points = [point for point in self._points if point.streams.length <= length]
+        self._restore_nearest()
+        missing = tokens[self.length :]
+        for start in range(0, len(missing), self.engine.chunk_tokens):
+            self.engine._run({self: missing[start : start + self.engine.chunk_tokens]}, every=False)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the whole timeline, in memory."""
+        self.ready()
+        return Snapshot(self.tokens, self.streams.restore_point(self.length), self.streams.copy_rows(), self._logits)
+
+    def restore(self, state: Snapshot) -> None:
+        """Replaces this timeline by a snapshot taken from a session of the same engine."""
+        if len(state.tokens) > self.context:
+            raise ContextTooLong(f"the snapshot holds {len(state.tokens):,} tokens, this session {self.context:,}")
+        self.streams.restore_rows(state.rows)
+        self.streams.restore(state.point)
+        self._tokens, self._logits, self.in_flight = list(state.tokens), state.logits, False
+        self._points = [] if state.logits is None else [_Point(state.point, state.logits)]
+
+    def accept(self, ids: Sequence[int], allow_empty: bool = False) -> list[int]:
+        """The ids as a list, if each is a token of the model and all fit the context."""
+        tokens = [int(token) for token in ids]
+        vocab = self.engine.config.vocab_size
+        wrong = next((token for token in tokens if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise InputError(f"token id {wrong} is outside the vocabulary, expected 0 to {vocab - 1}")
+        if not tokens and not allow_empty:
+            raise InputError("no tokens to read; give at least one")
+        if self.length + len(tokens) > self.context:
+            raise ContextTooLong(
+                f"{self.length + len(tokens):,} tokens do not fit the context of {self.context:,}; "
+                "shorten the text or open the session with a larger context"
+            )
+        return tokens
+
+    def ready(self) -> None:
+        """Puts right what a pass that was cut short left behind."""
+        if self.in_flight:
+            self.rewind(self.length)
+
+    def advance(self, ids: list[int], logits: Tensor) -> None:
+        """Takes the tokens of a finished pass into the timeline."""
+        self._tokens += ids
+        self._logits = logits.clone()
+        self.in_flight = False
+        last = self._points[-1].streams.length if self._points else 0
+        if self.length - last >= _POINT_EVERY_TOKENS:
+            self._mark()
+
+    def _mark(self) -> None:
+        """A restore point here; of too many, the one whose absence costs least is dropped."""
+        if self._points and self._points[-1].streams.length == self.length:
+            return
+        self._points.append(_Point(self.streams.restore_point(self.length), self.last_logits))
+        if len(self._points) > _MAX_POINTS:
+            del self._points[_most_dispensable([point.streams.length for point in self._points])]
+
+    def _restore_nearest(self) -> None:
+        self.in_flight = False
+        if not self._points:
+            self.streams.clear()
+            self._tokens, self._logits = [], None
+            return
+        point = self._points[-1]
+        self.streams.restore(point.streams)
+        del self._tokens[point.streams.length :]
+        self._logits = point.logits
+
+
+def _most_dispensable(lengths: list[int]) -> int:
+    """Index of the point whose gap, relative to how far back it lies, is smallest; the last one stays."""
+    now = lengths[-1]
+    gaps = [
+        (lengths[i + 1] - (lengths[i - 1] if i else 0)) / (now - lengths[i] + 1) for i in range(len(lengths) - 1)
+    ]
+    return gaps.index(min(gaps))

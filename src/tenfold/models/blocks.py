@@ -1,0 +1,69 @@
+"""Parts both architectures share: binding weights, rotary tables, index queries. Knows nothing of any one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.config import RopeSpec
+from tenfold.formats import RowLayout, exact_layout
+from tenfold.ops import Experts, Ops, Weight
+
+__all__ = ["Binder", "rope_frequencies", "rotate_tail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Binder:
+    """How a model gets its weights: `take` by name, made ready by the backend. `exact` stores rows unquantised."""
+
+    take: Callable[[str], Weight]
+    ops: Ops
+    resident: bool
+    exact: bool
+
+    def __call__(self, name: str) -> Weight:
+        return self.ops.prepare(self.take(name), self.resident)
+
+    def experts(self, prefix: str, count: int, names: tuple[str, str, str]) -> Experts:
+        """The routed experts below `prefix`; `names` are the gate, down and up projection."""
+        gate, down, up = (
+            tuple(self(f"{prefix}{expert}.{name}.weight") for expert in range(count)) for name in names
+        )
+        return Experts(gate, down, up)
+
+    def layout(self, deployed: RowLayout) -> RowLayout:
+        """The layout rows are stored in under the numerics chosen."""
+        return exact_layout(deployed) if self.exact else deployed
+
+
+def rope_frequencies(spec: RopeSpec) -> Tensor:
+    """Angle per position of each channel pair, float32 [dim / 2], with YaRN's blend (spec 2.3, 5.3).
+
+    Computed in float32 in the official order: at a million tokens another rounding is another angle.
+    """
+    frequencies = 1.0 / (spec.theta ** (torch.arange(0, spec.dim, 2, dtype=torch.float32) / spec.dim))
+    if spec.factor <= 1.0:
+        return frequencies
+    low = max(math.floor(_correction_channel(spec, spec.beta_fast)), 0)
+    high = min(math.ceil(_correction_channel(spec, spec.beta_slow)), spec.dim - 1)
+    span = max(high - low, 0.001)
+    ramp = ((torch.arange(spec.dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    keep = 1 - ramp
+    return frequencies / spec.factor * (1 - keep) + frequencies * keep
+
+
+def _correction_channel(spec: RopeSpec, rotations: float) -> float:
+    """The channel pair that turns `rotations` times over the original context."""
+    turns = spec.original_max_position_embeddings / (rotations * 2 * math.pi)
+    return spec.dim * math.log(turns) / (2 * math.log(spec.theta))
+
+
+def rotate_tail(ops: Ops, x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False) -> Tensor:
+    """Rotates the last channels of x [n, ..., width], in place; the rest stays."""
+    tail = x[..., x.shape[-1] - 2 * frequencies.shape[0] :]
+    tail.copy_(ops.rope(tail, positions, frequencies, inverse=inverse))
+    return x

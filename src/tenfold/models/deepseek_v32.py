@@ -1,0 +1,190 @@
+"""DeepSeek V3.2: multi-head latent attention over tokens an indexer selects (spec 5).
+
+Attribute names are the checkpoint's tensor names. Knows nothing of sessions beyond their streams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tenfold.config import DeepseekV32Config, LayerSpec
+from tenfold.formats import F32
+from tenfold.models.blocks import Binder, rope_frequencies, rotate_tail
+from tenfold.ops import Rows, Weight
+from tenfold.step import Span, Step
+
+__all__ = ["DeepseekV32"]
+
+_LAYER_NORM_EPS = 1e-6
+
+
+class DeepseekV32:
+    """V3.2, any size."""
+
+    def __init__(self, config: DeepseekV32Config, bind: Binder) -> None:
+        self.config, self.ops = config, bind.ops
+        self.embed_tokens = bind("model.embed_tokens.weight")
+        self.layers = [Block(config, layer, bind) for layer in config.layers]
+        self.norm = bind("model.norm.weight")
+        self.lm_head = bind("lm_head.weight")
+
+    def forward(self, step: Step) -> Tensor:
+        """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
+        h = self.ops.embed(step.ids, self.embed_tokens)
+        for layer in self.layers:
+            h = layer.forward(h, step)
+        return self.ops.linear(self.ops.rms_norm(h[step.wanted], self.norm, self.config.rms_norm_eps), self.lm_head)
+
+
+class Block:
+    """One pre-norm residual layer."""
+
+    def __init__(self, config: DeepseekV32Config, layer: LayerSpec, bind: Binder) -> None:
+        prefix = f"model.layers.{layer.index}."
+        self.ops, self.eps = bind.ops, config.rms_norm_eps
+        self.input_layernorm = bind(prefix + "input_layernorm.weight")
+        self.self_attn = Attention(config, layer, bind, prefix + "self_attn.")
+        self.post_attention_layernorm = bind(prefix + "post_attention_layernorm.weight")
+        kind = DenseFFN if layer.router == "dense" else MoE
+        self.mlp = kind(config, bind, prefix + "mlp.")
+
+    def forward(self, h: Tensor, step: Step) -> Tensor:
+        h = h + self.self_attn.forward(self.ops.rms_norm(h, self.input_layernorm, self.eps), step)
+        return h + self.mlp.forward(self.ops.rms_norm(h, self.post_attention_layernorm, self.eps))
+
+
+class Attention:
+    """MLA in its absorbed form: queries are carried into the latent space, where one row is key and value (spec 5.2)."""
+
+    def __init__(self, config: DeepseekV32Config, layer: LayerSpec, bind: Binder, prefix: str) -> None:
+        self.config, self.layer, self.ops = config, layer, bind.ops
+        self.q_a_proj, self.q_b_proj = bind(prefix + "q_a_proj.weight"), bind(prefix + "q_b_proj.weight")
+        self.q_a_layernorm = bind(prefix + "q_a_layernorm.weight")
+        self.kv_a_proj_with_mqa = bind(prefix + "kv_a_proj_with_mqa.weight")
+        self.kv_a_layernorm = bind(prefix + "kv_a_layernorm.weight")
+        self.o_proj = bind(prefix + "o_proj.weight")
+        self.k_up, self.v_up = self._absorbed(bind, prefix + "kv_b_proj.weight")
+        self.layout = bind.layout(layer.stream("rows").layout)
+        self.frequencies = rope_frequencies(layer.rope)
+        self.indexer = Indexer(config, layer, bind, prefix + "indexer.")
+
+    def _absorbed(self, bind: Binder, name: str) -> tuple[Weight, Weight]:
+        """kv_b_proj as two grouped projections, one a head: nope -> latent for keys, latent -> value."""
+        c = self.config
+        dense = bind.ops.prepare(bind.take(name), True).data.float()
+        heads = dense.view(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+        k_up, v_up = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        k_up = k_up.transpose(1, 2).reshape(-1, c.qk_nope_head_dim)
+        v_up = v_up.reshape(-1, c.kv_lora_rank)
+        return Weight(name, tuple(k_up.shape), F32, k_up), Weight(name, tuple(v_up.shape), F32, v_up)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
+        c, ops = self.config, self.ops
+        q_latent = ops.rms_norm(ops.linear(x, self.q_a_proj), self.q_a_layernorm, c.rms_norm_eps)
+        q = self._queries(q_latent, step)
+        rows = self._rows(x, step)
+        chosen = self.indexer.select(x, q_latent, step)
+        out = torch.cat([self._attend(q[s.rows], rows[s.rows], s, chosen[i]) for i, s in enumerate(step.spans)])
+        return ops.linear(ops.grouped_linear(out, self.v_up), self.o_proj)
+
+    def _queries(self, q_latent: Tensor, step: Step) -> Tensor:
+        """[n, heads, kv_lora_rank + rope]: the nope part carried into the latent space, the rope part rotated."""
+        c, ops = self.config, self.ops
+        q = ops.linear(q_latent, self.q_b_proj).view(q_latent.shape[0], c.num_attention_heads, -1)
+        nope, rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=2)
+        nope = ops.grouped_linear(nope, self.k_up).view(q.shape[0], c.num_attention_heads, c.kv_lora_rank)
+        return torch.cat([nope, ops.rope(rope, step.positions, self.frequencies)], dim=2)
+
+    def _rows(self, x: Tensor, step: Step) -> Tensor:
+        c, ops = self.config, self.ops
+        latent, rope = ops.linear(x, self.kv_a_proj_with_mqa).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=1)
+        latent = ops.rms_norm(latent, self.kv_a_layernorm, c.rms_norm_eps)
+        return ops.pack_rows(torch.cat([latent, ops.rope(rope, step.positions, self.frequencies)], 1), self.layout)
+
+    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor) -> Tensor:
+        stream = span.streams.rows(self.layer.index)
+        stream.append(rows)
+        source = Rows(stream.packed, stream.layout, index=chosen)
+        c = self.config
+        return self.ops.sparse_attention(q, [source], None, c.softmax_scale, c.kv_lora_rank, span.position)
+
+
+class Indexer:
+    """Chooses the tokens each query attends to (spec 5.4)."""
+
+    def __init__(self, config: DeepseekV32Config, layer: LayerSpec, bind: Binder, prefix: str) -> None:
+        self.config, self.layer, self.ops = config, layer, bind.ops
+        self.wq_b, self.wk = bind(prefix + "wq_b.weight"), bind(prefix + "wk.weight")
+        self.k_norm_weight, self.k_norm_bias = bind(prefix + "k_norm.weight"), bind(prefix + "k_norm.bias")
+        self.weights_proj = bind(prefix + "weights_proj.weight")
+        self.layout = bind.layout(layer.stream("index_keys").layout)
+        self.frequencies = rope_frequencies(layer.rope)
+        # Unquantised, the Hadamard transform cancels between query and key.
+        self.spread = not bind.exact
+
+    def select(self, x: Tensor, q_latent: Tensor, step: Step) -> list[Tensor]:
+        """New keys enter the streams; then int32 [tokens, up to index_topk] positions for each span, -1 = none."""
+        c, ops = self.config, self.ops
+        q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
+        q = self._rotated(q, step)
+        if self.spread:
+            q = ops.unpack_rows(ops.pack_rows(q, self.layout), self.layout)
+        key = ops.layer_norm(ops.linear(x, self.wk), self.k_norm_weight, self.k_norm_bias, _LAYER_NORM_EPS)
+        keys = ops.pack_rows(self._rotated(key, step), self.layout)
+        weights = ops.linear(x, self.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
+        return [self._select(q[span.rows], weights[span.rows], keys[span.rows], span) for span in step.spans]
+
+    def _rotated(self, x: Tensor, step: Step) -> Tensor:
+        """The rope channels come FIRST here and pair (i, i + rope/2), unlike everywhere else (trap 10)."""
+        rope_dim = self.config.qk_rope_head_dim
+        rope = self.ops.rope(x[..., :rope_dim], step.positions, self.frequencies, interleaved=False)
+        x = torch.cat([rope, x[..., rope_dim:]], dim=-1)
+        return self.ops.hadamard(x) if self.spread else x
+
+    def _select(self, q: Tensor, weights: Tensor, keys: Tensor, span: Span) -> Tensor:
+        stream = span.streams.rows(self.layer.index, "index_keys")
+        stream.append(keys)
+        visible = torch.arange(span.position + 1, span.position + span.num_tokens + 1)
+        return self.ops.select_rows(q, weights, stream.packed, stream.layout, visible, self.config.index_topk)
+
+
+class DenseFFN:
+    """The feed-forward network of the first layers."""
+
+    def __init__(self, config: DeepseekV32Config, bind: Binder, prefix: str) -> None:
+        self.ops = bind.ops
+        self.gate_proj, self.down_proj, self.up_proj = (
+            bind(f"{prefix}{name}.weight") for name in ("gate_proj", "down_proj", "up_proj")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.feed_forward(x, self.gate_proj, self.down_proj, self.up_proj, None)
+
+
+class MoE:
+    """Group-limited sigmoid routing, experts weighed after their last projection, and the shared one (spec 5.5)."""
+
+    def __init__(self, config: DeepseekV32Config, bind: Binder, prefix: str) -> None:
+        self.config, self.ops = config, bind.ops
+        self.gate = bind(prefix + "gate.weight")
+        self.e_score_correction_bias = bind(prefix + "gate.e_score_correction_bias")
+        names = ("gate_proj", "down_proj", "up_proj")
+        self.experts = bind.experts(prefix + "experts.", config.n_routed_experts, names)
+        self.shared_experts = DenseFFN(config, bind, prefix + "shared_experts.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, ops = self.config, self.ops
+        ids, weights = ops.route(
+            x,
+            self.gate,
+            scoring="sigmoid",
+            topk=c.num_experts_per_tok,
+            scaling=c.routed_scaling_factor,
+            bias=self.e_score_correction_bias,
+            groups=c.n_group,
+            topk_group=c.topk_group,
+        )
+        routed = ops.experts(x, ids, weights, self.experts, limit=None, weigh_first=False)
+        return routed + self.shared_experts.forward(x)

@@ -1,0 +1,227 @@
+"""DeepSeek V4: hyper-connected blocks of compressed sparse attention and experts (spec 2).
+
+Attribute names are the checkpoint's tensor names. Knows nothing of sessions beyond their streams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tenfold.config import DeepseekV4Config, LayerSpec
+from tenfold.models.blocks import Binder, rope_frequencies, rotate_tail
+from tenfold.ops import Rows
+from tenfold.step import Span, Step
+from tenfold.streams import Streams
+
+__all__ = ["DeepseekV4"]
+
+
+class DeepseekV4:
+    """V4-Flash and V4-Pro, any size."""
+
+    def __init__(self, config: DeepseekV4Config, bind: Binder) -> None:
+        self.config, self.ops = config, bind.ops
+        self.embed = bind("embed.weight")
+        self.blocks = [Block(config, layer, bind) for layer in config.layers]
+        self.hc_head_fn = bind("hc_head_fn")
+        self.hc_head_base = bind("hc_head_base")
+        self.hc_head_scale = bind("hc_head_scale")
+        self.norm = bind("norm.weight")
+        self.head = bind("head.weight")
+
+    def forward(self, step: Step) -> Tensor:
+        """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
+        c, ops = self.config, self.ops
+        h = ops.embed(step.ids, self.embed)[:, None, :].repeat(1, c.hc_mult, 1)  # [n, hc_mult, hidden]
+        for block in self.blocks:
+            h = block.forward(h, step)
+        x = ops.hc_collapse(
+            h[step.wanted], self.hc_head_fn, self.hc_head_base, self.hc_head_scale, norm_eps=c.rms_norm_eps, eps=c.hc_eps
+        )
+        return ops.linear(ops.rms_norm(x, self.norm, c.rms_norm_eps), self.head)
+
+
+class Block:
+    """One layer: attention, then experts, each between a hyper-mix and a hyper-merge."""
+
+    def __init__(self, config: DeepseekV4Config, layer: LayerSpec, bind: Binder) -> None:
+        prefix = f"layers.{layer.index}."
+        self.ops = bind.ops
+        self.hc_attn = HyperConnection(config, bind, prefix + "hc_attn")
+        self.hc_ffn = HyperConnection(config, bind, prefix + "hc_ffn")
+        self.attn_norm = bind(prefix + "attn_norm.weight")
+        self.ffn_norm = bind(prefix + "ffn_norm.weight")
+        self.attn = Attention(config, layer, bind, prefix + "attn.")
+        self.ffn = MoE(config, layer, bind, prefix + "ffn.")
+        self.eps = config.rms_norm_eps
+
+    def forward(self, h: Tensor, step: Step) -> Tensor:
+        x, post, combination = self.hc_attn.mix(h)
+        y = self.attn.forward(self.ops.rms_norm(x, self.attn_norm, self.eps), step)
+        h = self.ops.hc_merge(h, y, post, combination)
+        x, post, combination = self.hc_ffn.mix(h)
+        y = self.ffn.forward(self.ops.rms_norm(x, self.ffn_norm, self.eps), step)
+        return self.ops.hc_merge(h, y, post, combination)
+
+
+class HyperConnection:
+    """The learned mapping between the residual streams and one sub-layer (spec 2.1)."""
+
+    def __init__(self, config: DeepseekV4Config, bind: Binder, prefix: str) -> None:
+        self.config, self.ops = config, bind.ops
+        self.fn, self.base, self.scale = bind(prefix + "_fn"), bind(prefix + "_base"), bind(prefix + "_scale")
+
+    def mix(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        return self.ops.hc_mix(
+            h, self.fn, self.base, self.scale, norm_eps=c.rms_norm_eps, eps=c.hc_eps, iterations=c.hc_sinkhorn_iters
+        )
+
+
+class Attention:
+    """Window, compressed and selected rows under one softmax (spec 2.2-2.6)."""
+
+    def __init__(self, config: DeepseekV4Config, layer: LayerSpec, bind: Binder, prefix: str) -> None:
+        self.config, self.layer, self.ops = config, layer, bind.ops
+        self.wq_a, self.wq_b = bind(prefix + "wq_a.weight"), bind(prefix + "wq_b.weight")
+        self.wkv = bind(prefix + "wkv.weight")
+        self.wo_a, self.wo_b = bind(prefix + "wo_a.weight"), bind(prefix + "wo_b.weight")
+        self.q_norm, self.kv_norm = bind(prefix + "q_norm.weight"), bind(prefix + "kv_norm.weight")
+        self.attn_sink = bind(prefix + "attn_sink")
+        self.layout = bind.layout(layer.stream("window").layout)
+        self.frequencies = rope_frequencies(layer.rope)
+        self.compressor = self.indexer = None
+        if layer.attention != "swa":
+            self.compressor = Compressor(config, layer, bind, prefix + "compressor.", "rows", "state")
+        if layer.attention == "csa":
+            self.indexer = Indexer(config, layer, bind, prefix + "indexer.")
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
+        c, ops = self.config, self.ops
+        n = x.shape[0]
+        q_latent = ops.rms_norm(ops.linear(x, self.wq_a), self.q_norm, c.rms_norm_eps)
+        q = ops.linear(q_latent, self.wq_b).view(n, c.num_attention_heads, c.head_dim)
+        q = rotate_tail(ops, ops.rms_norm(q, None, c.rms_norm_eps), step.positions, self.frequencies)
+        kv = ops.rms_norm(ops.linear(x, self.wkv), self.kv_norm, c.rms_norm_eps)
+        rows = ops.pack_rows(rotate_tail(ops, kv, step.positions, self.frequencies), self.layout)
+        if self.compressor is not None:
+            self.compressor.append(x, step)
+        chosen = None if self.indexer is None else self.indexer.select(x, q_latent, step)
+        out = torch.cat(
+            [self._attend(q[s.rows], rows[s.rows], s, None if chosen is None else chosen[i])
+             for i, s in enumerate(step.spans)]
+        )  # fmt: skip
+        # Values were stored rotated, so each output is turned back by its query's position.
+        out = rotate_tail(ops, out, step.positions, self.frequencies, inverse=True)
+        return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
+
+    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor | None) -> Tensor:
+        sources = [self._window(rows, span)]
+        if self.compressor is not None:
+            stream = span.streams.rows(self.layer.index)
+            if chosen is None:
+                stop = visible_entries(span, self.layer.ratio)
+                sources.append(Rows(stream.packed, stream.layout, start=torch.zeros_like(stop), stop=stop))
+            else:
+                sources.append(Rows(stream.packed, stream.layout, index=chosen))
+        scale = float(self.config.head_dim) ** -0.5
+        return self.ops.sparse_attention(q, sources, self.attn_sink, scale, self.config.head_dim, span.position)
+
+    def _window(self, rows: Tensor, span: Span) -> Rows:
+        pool = span.streams.window(self.layer.index).extend(rows, span.position)
+        before = pool.shape[0] - span.num_tokens
+        stop = torch.arange(before + 1, pool.shape[0] + 1)
+        return Rows(pool, self.layout, start=(stop - self.config.sliding_window).clamp(min=0), stop=stop)
+
+
+def visible_entries(span: Span, ratio: int) -> Tensor:
+    """Entries visible to each query: those whose window closed at or before it, floor((t + 1) / ratio)."""
+    return torch.arange(span.position + 1, span.position + span.num_tokens + 1) // ratio
+
+
+class Compressor:
+    """Pools each complete group of tokens into one row (spec 2.4); `rows` and `state` name its streams."""
+
+    def __init__(
+        self, config: DeepseekV4Config, layer: LayerSpec, bind: Binder, prefix: str, rows: str, state: str
+    ) -> None:
+        self.config, self.layer, self.ops = config, layer, bind.ops
+        self.wkv, self.wgate = bind(prefix + "wkv.weight"), bind(prefix + "wgate.weight")
+        self.norm, self.ape = bind(prefix + "norm.weight"), bind(prefix + "ape")
+        self.rows, self.state = rows, state
+        self.frequencies = rope_frequencies(layer.rope)
+        self.layout = bind.layout(layer.stream(rows).layout)
+        # The Hadamard transform only spreads what fp4 rounds; unquantised it cancels between query and key.
+        self.spread = rows == "index_keys" and not bind.exact
+
+    def append(self, x: Tensor, step: Step) -> None:
+        """Folds x [n, hidden] into the streams of each span."""
+        values = self.ops.linear(x, self.wkv)
+        gates = self.ops.linear(x, self.wgate) + self.ops.embed(step.positions % self.layer.ratio, self.ape)
+        for span in step.spans:
+            self._append(values[span.rows], gates[span.rows], span)
+
+    def _append(self, values: Tensor, gates: Tensor, span: Span) -> None:
+        overlap = self.layer.attention == "csa"
+        groups = span.streams.state(self.layer.index, self.state).extend(values, gates, span.position)
+        entries = self.ops.rms_norm(self.ops.compress(*groups, overlap), self.norm, self.config.rms_norm_eps)
+        stream = span.streams.rows(self.layer.index, self.rows)
+        first_token = torch.arange(stream.count, stream.count + entries.shape[0]) * self.layer.ratio
+        entries = rotate_tail(self.ops, entries, first_token, self.frequencies)
+        if self.spread:
+            entries = self.ops.hadamard(entries)
+        stream.append(self.ops.pack_rows(entries, self.layout))
+
+
+class Indexer:
+    """Chooses the compressed rows each query attends to (spec 2.5)."""
+
+    def __init__(self, config: DeepseekV4Config, layer: LayerSpec, bind: Binder, prefix: str) -> None:
+        self.config, self.layer, self.ops = config, layer, bind.ops
+        self.wq_b, self.weights_proj = bind(prefix + "wq_b.weight"), bind(prefix + "weights_proj.weight")
+        self.compressor = Compressor(config, layer, bind, prefix + "compressor.", "index_keys", "index_state")
+
+    def select(self, x: Tensor, q_latent: Tensor, step: Step) -> list[Tensor]:
+        """New keys enter the streams; then int32 [tokens, up to index_topk] rows for each span, -1 = none."""
+        c, ops, compressor = self.config, self.ops, self.compressor
+        compressor.append(x, step)
+        q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
+        q = rotate_tail(ops, q, step.positions, compressor.frequencies)
+        if compressor.spread:
+            q = ops.unpack_rows(ops.pack_rows(ops.hadamard(q), compressor.layout), compressor.layout)
+        weights = ops.linear(x, self.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
+        return [self._select(q[span.rows], weights[span.rows], span.streams, span) for span in step.spans]
+
+    def _select(self, q: Tensor, weights: Tensor, streams: Streams, span: Span) -> Tensor:
+        keys = streams.rows(self.layer.index, "index_keys")
+        visible = visible_entries(span, self.layer.ratio)
+        return self.ops.select_rows(q, weights, keys.packed, keys.layout, visible, self.config.index_topk)
+
+
+class MoE:
+    """Routed experts plus the shared one (spec 2.7); the first layers route by token id."""
+
+    def __init__(self, config: DeepseekV4Config, layer: LayerSpec, bind: Binder, prefix: str) -> None:
+        self.config, self.ops = config, bind.ops
+        self.gate = bind(prefix + "gate.weight")
+        self.tid2eid = bind(prefix + "gate.tid2eid") if layer.router == "hash" else None
+        self.bias = None if layer.router == "hash" else bind(prefix + "gate.bias")
+        self.experts = bind.experts(prefix + "experts.", config.n_routed_experts, ("w1", "w2", "w3"))
+        shared = prefix + "shared_experts."
+        self.w1, self.w2, self.w3 = (bind(f"{shared}{name}.weight") for name in ("w1", "w2", "w3"))
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        c, ops = self.config, self.ops
+        ids, weights = ops.route(
+            x,
+            self.gate,
+            scoring="sqrtsoftplus",
+            topk=c.num_experts_per_tok,
+            scaling=c.routed_scaling_factor,
+            bias=self.bias,
+            chosen=None if self.tid2eid is None else self.tid2eid.data[step.ids].long(),
+        )
+        routed = ops.experts(x, ids, weights, self.experts, limit=c.swiglu_limit, weigh_first=True)
+        return routed + ops.feed_forward(x, self.w1, self.w2, self.w3, c.swiglu_limit)

@@ -1,0 +1,163 @@
+"""The seam for speed: the operations every backend offers, and the choice of one.
+
+A backend is a module with the functions of `Ops`; `ops/reference.py` is the law the others are compared with.
+Knows nothing of layers, sessions or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+from torch import Tensor
+
+from tenfold.errors import BackendMissing, UsageError
+from tenfold.formats import RowLayout, WeightFormat
+
+__all__ = ["BACKENDS", "Experts", "Ops", "Rows", "Weight", "select"]
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A weight as it is stored: codes in `data`, block scales in `scale`; `shape` is the logical (out, in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: WeightFormat
+    data: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """The routed experts of one layer: gate (`w1`), down (`w2`) and up (`w3`) projections by expert."""
+
+    w1: tuple[Weight, ...]
+    w2: tuple[Weight, ...]
+    w3: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Packed rows an attention call reads, and which of them each query sees.
+
+    Query i sees rows `start[i]` to `stop[i]` - 1, or the rows `index[i]` lists (int32, -1 = none, at the end).
+    """
+
+    packed: Tensor
+    layout: RowLayout
+    start: Tensor | None = None
+    stop: Tensor | None = None
+    index: Tensor | None = None
+
+
+class Ops(Protocol):
+    """The operations of a backend. Activations are float32; n counts tokens, or rows, and may be 0."""
+
+    def prepare(self, weight: Weight, resident: bool) -> Weight:
+        """The weight in the form this backend likes best; `resident` allows it to be unpacked in memory."""
+
+    def embed(self, ids: Tensor, weight: Weight) -> Tensor:
+        """ids int64 [n] -> [n, hidden]."""
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [n, in] -> [n, out]."""
+
+    def grouped_linear(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [n, groups, in], weight [groups * out, in] -> [n, groups * out]; group g uses its own rows."""
+
+    def rms_norm(self, x: Tensor, weight: Weight | None, eps: float) -> Tensor:
+        """x [..., width] -> x * rsqrt(mean(x^2) + eps) * weight."""
+
+    def layer_norm(self, x: Tensor, weight: Weight, bias: Weight, eps: float) -> Tensor:
+        """x [..., width] -> (x - mean) * rsqrt(variance + eps) * weight + bias."""
+
+    def rope(
+        self, x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False, interleaved: bool = True
+    ) -> Tensor:
+        """Rotates x [n, ..., dim] by positions [n] times frequencies [dim / 2]; pairs (2i, 2i+1) or (i, i + dim/2)."""
+
+    def hadamard(self, x: Tensor) -> Tensor:
+        """x [..., power of two] times the orthonormal Sylvester-Hadamard matrix."""
+
+    def hc_mix(
+        self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float, iterations: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """streams [n, m, d] -> sub-layer input [n, d], post [n, m], combination [n, m, m] (spec 2.1)."""
+
+    def hc_merge(self, streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
+        """post_k y + sum over j of combination[j, k] streams_j -> [n, m, d]."""
+
+    def hc_collapse(
+        self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float
+    ) -> Tensor:
+        """streams [n, m, d] -> [n, d] before the last norm (spec 2.8)."""
+
+    def compress(self, values: Tensor, gates: Tensor, overlap: bool) -> Tensor:
+        """Softmax-pooled entries: values, gates [groups, ratio, width] -> [groups, dim] (spec 2.4).
+
+        With overlap the first group is the predecessor of the first entry, its gates -inf where there is none;
+        then width = 2 dim and there are groups - 1 entries.
+        """
+
+    def pack_rows(self, x: Tensor, layout: RowLayout) -> Tensor:
+        """x [..., width] -> uint8 [..., row_bytes], quantised as the layout says."""
+
+    def unpack_rows(self, packed: Tensor, layout: RowLayout) -> Tensor:
+        """uint8 [..., row_bytes] -> float32 [..., width]."""
+
+    def select_rows(
+        self, q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, topk: int
+    ) -> Tensor:
+        """The top rows by sum over heads of weights * relu(q . key), for each query (spec 2.5, 5.4).
+
+        q [n, heads, dim], weights [n, heads], keys uint8 [rows, row_bytes], visible int [n]: the first
+        `visible` rows count. Returns int32 [n, min(topk, largest visible)], ascending, -1 at the end; of equal
+        scores the smaller row wins.
+        """
+
+    def sparse_attention(
+        self, q: Tensor, sources: Sequence[Rows], sink: Weight | None, scale: float, value_dim: int, position: int
+    ) -> Tensor:
+        """One softmax over all rows of all sources -> [n, heads, value_dim] (spec 2.6).
+
+        q [n, heads, width]; a row's first `value_dim` channels are its value. `sink` [heads] adds e^sink to the
+        denominator. The queries stand at consecutive positions from `position`.
+        """
+
+    def route(
+        self,
+        x: Tensor,
+        gate: Weight,
+        *,
+        scoring: Literal["sqrtsoftplus", "sigmoid"],
+        topk: int,
+        scaling: float,
+        bias: Weight | None = None,
+        chosen: Tensor | None = None,
+        groups: int = 1,
+        topk_group: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """x [n, d] -> expert ids int64 [n, topk] and weights [n, topk]; `chosen` gives the ids (hash routing)."""
+
+    def experts(
+        self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, *, limit: float | None, weigh_first: bool
+    ) -> Tensor:
+        """Sum over the chosen experts -> [n, d]; `limit` clamps as in spec 2.7, `weigh_first` weighs before w2."""
+
+    def feed_forward(self, x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
+        """w2(silu(w1 x) * w3 x) -> [n, d]; the shared expert and the dense layers."""
+
+
+def select(name: str) -> tuple[str, Ops]:
+    """The backend called `name`, with the name it resolves to; one that is missing is an error, never replaced."""
+    if name in ("auto", "reference"):
+        from tenfold.ops import reference
+
+        return "reference", cast(Ops, reference)
+    if name in BACKENDS:
+        raise BackendMissing(f"backend {name!r} is not part of this version; use --backend reference")
+    raise UsageError(f"unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}")

@@ -1,0 +1,443 @@
+"""The law: every operation in plain torch, float32, readable. Knows nothing of layers, sessions or speed.
+
+Other backends are compared with these functions. Rows of a batch never influence each other, so any chunking
+of a prompt gives the same result: matrix products run on at least `_MIN_ROWS` rows, which keeps the order of
+summation the same for one row as for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tenfold.formats import BF16, E2M1_VALUES, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, RowLayout
+from tenfold.ops import Experts, Rows, Weight
+
+_MIN_ROWS = 8
+_TILE_NUMBERS = 1 << 24  # float32 numbers of scratch a tile may take: 64 MiB
+_ROW_ALIGN = 64  # gathered rows are padded to this, so that sums run in the same order for every chunking
+_E4M3_MAX = 448.0
+_E2M1_MAX = 6.0
+_E4M3_FLOOR = 1e-4
+_E2M1_FLOOR = 6.0 * 2.0**-126
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def prepare(weight: Weight, resident: bool) -> Weight:
+    """Unpacked to float32 once if it may stay in memory, else as it is stored."""
+    if not resident or weight.format in (F32, I64):
+        return weight
+    return Weight(weight.name, weight.shape, F32, dequantize(weight))
+
+
+def dequantize(weight: Weight) -> Tensor:
+    """The weight as float32 of its logical shape (spec 3.1)."""
+    if weight.format in (F32, BF16):
+        return weight.data.float()
+    if weight.format is MXFP4:
+        return _dequantize_mxfp4(weight)
+    assert weight.format in (FP8_BLOCK, FP8_BLOCK_F32), weight.format
+    values = weight.data.view(torch.float8_e4m3fn).float()
+    rows, columns = weight.shape
+    scale = _scales(weight).repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    return values * scale
+
+
+def _dequantize_mxfp4(weight: Weight) -> Tensor:
+    rows, columns = weight.shape
+    values = _e2m1_pairs()[weight.data.view(torch.uint8).long()].view(rows, columns // 32, 32)
+    return (values * _scales(weight)[:, :, None]).view(rows, columns)
+
+
+def _scales(weight: Weight) -> Tensor:
+    assert weight.scale is not None, weight.name
+    return weight.scale if weight.scale.dtype == torch.float32 else _e8m0_values()[weight.scale.long()]
+
+
+@cache
+def _e8m0_values() -> Tensor:
+    """Byte b means 2^(b - 127); 255 is NaN."""
+    return torch.tensor([2.0 ** (b - 127) for b in range(255)] + [float("nan")])
+
+
+@cache
+def _e2m1_values() -> Tensor:
+    return torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])
+
+
+@cache
+def _e2m1_pairs() -> Tensor:
+    """The two numbers of each byte, low nibble first: [256, 2]."""
+    codes = torch.arange(256)
+    return torch.stack([_e2m1_values()[codes & 15], _e2m1_values()[codes >> 4]], dim=1)
+
+
+def _matmul(x: Tensor, dense: Tensor) -> Tensor:
+    """x [n, in] times dense [out, in] transposed -> [n, out]."""
+    n = x.shape[0]
+    if 0 < n < _MIN_ROWS:
+        x = functional.pad(x, (0, 0, 0, _MIN_ROWS - n))
+    return (x @ dense.t())[:n]
+
+
+# ---------------------------------------------------------------------------------------------- linear parts
+
+
+def embed(ids: Tensor, weight: Weight) -> Tensor:
+    return weight.data[ids].float()
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    return _matmul(x, dequantize(weight))
+
+
+def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
+    dense = dequantize(weight).view(x.shape[1], -1, x.shape[2])
+    return torch.cat([_matmul(x[:, group], dense[group]) for group in range(x.shape[1])], dim=1)
+
+
+def rms_norm(x: Tensor, weight: Weight | None, eps: float) -> Tensor:
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return normed if weight is None else normed * dequantize(weight)
+
+
+def layer_norm(x: Tensor, weight: Weight, bias: Weight, eps: float) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], dequantize(weight), dequantize(bias), eps)
+
+
+def rope(
+    x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False, interleaved: bool = True
+) -> Tensor:
+    angles = positions.float()[:, None] * frequencies  # [n, dim / 2]
+    angles = angles.view(x.shape[0], *[1] * (x.dim() - 2), frequencies.shape[0])
+    cos, sin = angles.cos(), angles.sin() * (-1.0 if inverse else 1.0)
+    if interleaved:
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    width = x.shape[-1]
+    return _matmul(x.reshape(-1, width), _hadamard_matrix(width)).view(x.shape)
+
+
+@cache
+def _hadamard_matrix(width: int) -> Tensor:
+    """Sylvester's (natural) order, orthonormal; symmetric."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix * float(width) ** -0.5
+
+
+# ---------------------------------------------------------------------------------------------- hyper-connections
+
+
+def hc_mix(
+    streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = streams.shape[1]
+    mixed, sigma, offset = _hc_project(streams, fn, norm_eps), dequantize(scale), dequantize(base)
+    pre = torch.sigmoid(mixed[:, :m] * sigma[0] + offset[:m]) + eps
+    post = 2.0 * torch.sigmoid(mixed[:, m : 2 * m] * sigma[1] + offset[m : 2 * m])
+    raw = (mixed[:, 2 * m :] * sigma[2] + offset[2 * m :]).view(-1, m, m)
+    return _weighted_streams(pre, streams), post, _sinkhorn(raw, eps, iterations)
+
+
+def _hc_project(streams: Tensor, fn: Weight, norm_eps: float) -> Tensor:
+    """The dynamic part: flattened streams (stream-major) times fn, the norm's factor applied afterwards."""
+    flat = streams.flatten(1)  # [n, m * d]
+    return _matmul(flat, dequantize(fn)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+
+
+def _sinkhorn(raw: Tensor, eps: float, iterations: int) -> Tensor:
+    """Alternating normalisation towards a doubly stochastic [n, m, m]: softmax and columns, then rows and columns."""
+    matrix = raw.softmax(-1) + eps
+    matrix = matrix / (matrix.sum(1, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        matrix = matrix / (matrix.sum(2, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(1, keepdim=True) + eps)
+    return matrix
+
+
+def _weighted_streams(weights: Tensor, streams: Tensor) -> Tensor:
+    return (weights[:, :, None] * streams).sum(1)
+
+
+def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
+    # The sum runs over the FIRST index of the combination (trap 12 of the spec).
+    mixed = (combination[:, :, :, None] * streams[:, :, None, :]).sum(1)
+    return post[:, :, None] * y[:, None, :] + mixed
+
+
+def hc_collapse(streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float) -> Tensor:
+    mixed = _hc_project(streams, fn, norm_eps)
+    return _weighted_streams(torch.sigmoid(mixed * dequantize(scale) + dequantize(base)) + eps, streams)
+
+
+# ---------------------------------------------------------------------------------------------- compressor, rows
+
+
+def compress(values: Tensor, gates: Tensor, overlap: bool) -> Tensor:
+    if overlap:
+        values, gates = _overlapping(values), _overlapping(gates)
+    return (gates.softmax(1) * values).sum(1)
+
+
+def _overlapping(groups: Tensor) -> Tensor:
+    """Each group's second half of channels behind its predecessor's first half: [groups - 1, 2 ratio, dim]."""
+    dim = groups.shape[2] // 2
+    return torch.cat([groups[:-1, :, :dim], groups[1:, :, dim:]], dim=1)
+
+
+def pack_rows(x: Tensor, layout: RowLayout) -> Tensor:
+    if layout.code_bits == 32:
+        return x.float().contiguous().view(torch.uint8)
+    scales, scaled = _block_scaled(x[..., : layout.coded], layout)
+    codes = _e4m3_codes(scaled) if layout.code_bits == 8 else _e2m1_packed(scaled)
+    plain = x[..., layout.coded :].to(torch.bfloat16).contiguous().view(torch.uint8)
+    parts = [codes, plain, scales] if layout.scales_last else [codes, scales, plain]
+    used = sum(part.shape[-1] for part in parts)
+    padding = codes.new_zeros(*codes.shape[:-1], layout.row_bytes - used)
+    return torch.cat([*parts, padding], dim=-1)
+
+
+def _block_scaled(x: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+    """Scale bytes [..., scales] and x divided by its block's scale, clamped to the format's range (spec 2.10)."""
+    limit = _E4M3_MAX if layout.code_bits == 8 else _E2M1_MAX
+    floor = _E4M3_FLOOR if layout.code_bits == 8 else _E2M1_FLOOR
+    blocks = functional.pad(x, (0, layout.num_scales * layout.block - layout.coded))
+    blocks = blocks.unflatten(-1, (layout.num_scales, layout.block))
+    exponent = _scale_exponents(blocks.abs().amax(-1).clamp(min=floor), limit)
+    scale = _e8m0_values()[exponent]
+    scaled = (blocks / scale[..., None]).clamp(-limit, limit).flatten(-2)[..., : layout.coded]
+    stored = exponent.to(torch.uint8) if layout.scale_bytes == 1 else scale.view(torch.uint8)
+    return stored, scaled
+
+
+def _scale_exponents(amax: Tensor, limit: float) -> Tensor:
+    """ceil(log2(amax / limit)) + 127 from the float32 bits: the exponent, one more if any mantissa bit is set."""
+    bits = (amax * torch.tensor(1.0 / limit, dtype=torch.float32)).view(torch.int32)
+    return (bits >> 23).long() + ((bits & 0x7FFFFF) != 0)
+
+
+def _e4m3_codes(scaled: Tensor) -> Tensor:
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _e2m1_packed(scaled: Tensor) -> Tensor:
+    codes = e2m1_codes(scaled)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def e2m1_codes(x: Tensor) -> Tensor:
+    """Nearest e2m1 code of numbers within +-6, ties to the even code; uint8, one code a byte."""
+    size = x.abs()
+    code = torch.signbit(x).to(torch.uint8) << 3
+    for tie, goes_up in ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5, False)):
+        code += size >= tie if goes_up else size > tie
+    return code
+
+
+def unpack_rows(packed: Tensor, layout: RowLayout) -> Tensor:
+    if layout.code_bits == 32:
+        return packed.contiguous().view(torch.float32)
+    codes = packed[..., : layout.code_bytes].contiguous()
+    values = codes.view(torch.float8_e4m3fn).float() if layout.code_bits == 8 else _e2m1_unpacked(codes)
+    scale = _row_scales(packed, layout).repeat_interleave(layout.block, -1)[..., : layout.coded]
+    plain = packed[..., layout.plain_offset : layout.plain_offset + 2 * layout.plain].contiguous()
+    return torch.cat([values * scale, plain.view(torch.bfloat16).float()], dim=-1)
+
+
+def _e2m1_unpacked(codes: Tensor) -> Tensor:
+    return _e2m1_pairs()[codes.long()].flatten(-2)
+
+
+def _row_scales(packed: Tensor, layout: RowLayout) -> Tensor:
+    stop = layout.scale_offset + layout.num_scales * layout.scale_bytes
+    stored = packed[..., layout.scale_offset : stop].contiguous()
+    return _e8m0_values()[stored.long()] if layout.scale_bytes == 1 else stored.view(torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------- index, attention
+
+
+_NOT_VISIBLE = torch.iinfo(torch.int64).min
+
+
+def select_rows(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, topk: int) -> Tensor:
+    n, heads, _ = q.shape
+    most = int(visible.max()) if n else 0
+    width = min(topk, most)
+    tile_rows = min(max(most, 1), 4096)
+    tile = max(1, _TILE_NUMBERS // (heads * tile_rows))
+    parts = [
+        _best_rows(q[i : i + tile], weights[i : i + tile], keys[:most], layout, visible[i : i + tile], width, tile_rows)
+        for i in range(0, n, tile)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.int32)
+
+
+def _best_rows(
+    q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, width: int, tile_rows: int
+) -> Tensor:
+    """Running top-k over tiles of keys; no scores are kept beyond a tile."""
+    best = torch.empty(q.shape[0], 0, dtype=torch.int64)
+    for first in range(0, keys.shape[0], tile_rows):
+        dense = unpack_rows(keys[first : first + tile_rows], layout)
+        rows = torch.arange(first, first + dense.shape[0])
+        ranked = _ranked(_index_scores(q, weights, dense), rows)
+        ranked.masked_fill_(rows >= visible[:, None], _NOT_VISIBLE)
+        merged = torch.cat([best, ranked], 1)
+        best = merged.topk(min(width, merged.shape[1]), dim=1, sorted=False).values
+    return _ascending(best)
+
+
+def _index_scores(q: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
+    """ReLU first, then the weight, then the sum over heads: [n, rows]."""
+    n, heads, dim = q.shape
+    scores = _matmul(q.reshape(n * heads, dim), dense).view(n, heads, -1).relu_()
+    return (scores * weights[:, :, None]).sum(1)
+
+
+def _ranked(scores: Tensor, rows: Tensor) -> Tensor:
+    """One int64 that orders by score, then by the smaller row: the score's bits made monotone above the row."""
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (0xFFFFFFFF - rows)
+
+
+def _ascending(best: Tensor) -> Tensor:
+    rows = 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    rows = torch.where(best == _NOT_VISIBLE, torch.iinfo(torch.int32).max, rows).sort(1).values
+    return torch.where(rows == torch.iinfo(torch.int32).max, -1, rows).int()
+
+
+def sparse_attention(
+    q: Tensor, sources: Sequence[Rows], sink: Weight | None, scale: float, value_dim: int, position: int
+) -> Tensor:
+    n, heads, width = q.shape
+    sinks = torch.full((heads,), -torch.inf) if sink is None else dequantize(sink)
+    rows_each = max(sum(_num_columns(source) for source in sources), 1)
+    tile = max(2, _TILE_NUMBERS // (rows_each * width))
+    parts = []
+    for first in range(0, n, tile):
+        span = slice(first, min(first + tile, n))
+        gathered = [_gather(source, span) for source in sources]
+        rows = torch.cat([dense for dense, _ in gathered], 1)
+        hidden = torch.cat([mask for _, mask in gathered], 1)
+        parts.append(_attend(q[span], rows, hidden, sinks, scale, value_dim))
+    return torch.cat(parts) if parts else q.new_empty(0, heads, value_dim)
+
+
+def _num_columns(source: Rows) -> int:
+    if source.index is not None:
+        return source.index.shape[1]
+    assert source.start is not None and source.stop is not None
+    return int((source.stop - source.start).max()) if source.start.numel() else 0
+
+
+def _gather(source: Rows, span: slice) -> tuple[Tensor, Tensor]:
+    """The rows each query of the span sees, float32 [n, columns, width], and where there is none [n, columns]."""
+    if source.index is not None:
+        index = source.index[span].long()
+        index = index[:, : int((index >= 0).sum(1).max())]
+    else:
+        assert source.start is not None and source.stop is not None
+        start, stop = source.start[span], source.stop[span]
+        index = start[:, None] + torch.arange(int((stop - start).max()))
+        index = torch.where(index < stop[:, None], index, -1)
+    index = functional.pad(index, (0, -index.shape[1] % _ROW_ALIGN), value=-1)
+    hidden = index < 0
+    needed, place = index.clamp(min=0).unique(return_inverse=True)
+    if needed.numel() == 0 or source.packed.shape[0] == 0:
+        return torch.zeros(*index.shape, source.layout.width), hidden
+    return unpack_rows(source.packed[needed], source.layout)[place], hidden
+
+
+def _attend(q: Tensor, rows: Tensor, hidden: Tensor, sinks: Tensor, scale: float, value_dim: int) -> Tensor:
+    """Softmax over rows [n, columns, width] and the sink, which has a share but no value -> [n, heads, value_dim]."""
+    n = q.shape[0]
+    if n == 1:  # a batch of one takes another path through the matrix product, with another order of summation
+        q, rows, hidden = (torch.cat([t, t]) for t in (q, rows, hidden))
+    scores = torch.bmm(q * scale, rows.transpose(1, 2)).masked_fill_(hidden[:, None], -torch.inf)
+    top = torch.maximum(scores.amax(-1), sinks)[:, :, None]
+    shares = (scores - top).exp()
+    total = shares.sum(-1, keepdim=True) + (sinks[:, None] - top).exp()
+    return (torch.bmm(shares, rows[..., :value_dim]) / total)[:n]
+
+
+# ---------------------------------------------------------------------------------------------- experts
+
+
+def route(
+    x: Tensor,
+    gate: Weight,
+    *,
+    scoring: Literal["sqrtsoftplus", "sigmoid"],
+    topk: int,
+    scaling: float,
+    bias: Weight | None = None,
+    chosen: Tensor | None = None,
+    groups: int = 1,
+    topk_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    logits = linear(x, gate)
+    scores = functional.softplus(logits).sqrt() if scoring == "sqrtsoftplus" else logits.sigmoid()
+    if chosen is None:
+        choice = scores if bias is None else scores + dequantize(bias)
+        chosen = _top(_within_groups(choice, groups, topk_group), topk)
+    weights = scores.gather(1, chosen)
+    return chosen, weights / weights.sum(1, keepdim=True) * scaling
+
+
+def _top(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest; of equal ones the smaller column wins."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def _within_groups(choice: Tensor, groups: int, topk_group: int) -> Tensor:
+    """-inf outside the best groups; a group counts its two best experts (spec 5.5)."""
+    if groups == 1:
+        return choice
+    grouped = choice.view(choice.shape[0], groups, -1)
+    best = _top(grouped.topk(2, dim=2).values.sum(2), topk_group)
+    dropped = torch.ones(choice.shape[0], groups, dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(dropped[:, :, None], -torch.inf).view_as(choice)
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, *, limit: float | None, weigh_first: bool
+) -> Tensor:
+    total = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        token, place = (ids == expert).nonzero(as_tuple=True)
+        weight = weights[token, place][:, None]
+        inner = _gated(x[token], bank.w1[expert], bank.w3[expert], limit)
+        if weigh_first:
+            y = linear(inner * weight, bank.w2[expert])
+        else:
+            y = linear(inner, bank.w2[expert]) * weight
+        total.index_add_(0, token, y)
+    return total
+
+
+def feed_forward(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
+    return linear(_gated(x, w1, w3, limit), w2)
+
+
+def _gated(x: Tensor, w1: Weight, w3: Weight, limit: float | None) -> Tensor:
+    """silu(w1 x) * w3 x; the gate is clamped from above only, the other factor on both sides (spec 2.7)."""
+    gate, up = linear(x, w1), linear(x, w3)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return functional.silu(gate) * up

@@ -1,0 +1,192 @@
+"""The memory of one session: rings, growing rows, pending compressor state. Knows nothing of layers' mathematics.
+
+Rows are stored packed, as bytes, in the layout of their `StreamSpec`. A growing stream reserves address space for
+the whole context; memory pages are taken by the system as rows are written, so what is resident is what is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.config import ModelConfig, StreamSpec
+from tenfold.formats import RowLayout, exact_layout
+
+__all__ = ["ALIGNMENT_BYTES", "CompressorState", "GrowingRows", "RestorePoint", "Streams", "WindowRing"]
+
+ALIGNMENT_BYTES = 4096
+"""A growing stream's memory is rounded up to pages of this size."""
+
+
+class GrowingRows:
+    """Rows appended for ever: compressed entries, index keys, V3.2's latents."""
+
+    def __init__(self, layout: RowLayout, capacity: int) -> None:
+        self.layout = layout
+        self.data = torch.empty(capacity, layout.row_bytes, dtype=torch.uint8)
+        self.count = 0
+
+    @property
+    def packed(self) -> Tensor:
+        """The rows so far: uint8 [count, row_bytes], a view."""
+        return self.data[: self.count]
+
+    def append(self, rows: Tensor) -> None:
+        stop = self.count + rows.shape[0]
+        self.data[self.count : stop] = rows
+        self.count = stop
+
+
+class WindowRing:
+    """The last `window` rows; the row of position p lies in slot p mod window (spec 2.11)."""
+
+    def __init__(self, layout: RowLayout, window: int) -> None:
+        self.layout = layout
+        self.window = window
+        self.data = torch.zeros(window, layout.row_bytes, dtype=torch.uint8)
+
+    def extend(self, rows: Tensor, position: int) -> Tensor:
+        """Adds the rows of positions from `position`; returns them behind the up to window - 1 rows before them."""
+        before = min(position, self.window - 1)
+        slots = torch.arange(position - before, position) % self.window
+        pool = torch.cat([self.data[slots], rows])
+        last = min(rows.shape[0], self.window)
+        stop = position + rows.shape[0]
+        self.data[torch.arange(stop - last, stop) % self.window] = rows[rows.shape[0] - last :]
+        return pool
+
+
+class CompressorState:
+    """Values and gates of the tokens that no entry holds yet, and with overlap those of the last complete group.
+
+    Official layout (spec 2.11): with overlap slots 0..ratio-1 are the last complete group and the pending tokens
+    follow; without, token p lies in slot p mod ratio. A slot holds the values, then the gates.
+    """
+
+    def __init__(self, width: int, ratio: int, overlap: bool) -> None:
+        self.ratio, self.overlap = ratio, overlap
+        self.data = torch.zeros((2 if overlap else 1) * ratio, 2 * width)
+        self.clear()
+
+    def clear(self) -> None:
+        """As before the first token: gates of -inf give an absent predecessor no share."""
+        width = self.data.shape[1] // 2
+        self.data[:, :width] = 0.0
+        self.data[:, width:] = -torch.inf
+
+    def extend(self, values: Tensor, gates: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Adds tokens from `position`; returns the groups completed, [groups, ratio, width] of values and gates.
+
+        With overlap the predecessor of the first completed group comes first.
+        """
+        pending = position % self.ratio
+        current = self.ratio if self.overlap else 0
+        tokens = torch.cat([self.data[: current + pending], torch.cat([values, gates], 1)])
+        complete = (pending + values.shape[0]) // self.ratio
+        groups = complete + 1 if self.overlap else complete
+        used = groups * self.ratio
+        rest = tokens[used - current :] if self.overlap else tokens[used:]
+        self.data[: rest.shape[0]] = rest
+        grouped = tokens[:used].view(groups, self.ratio, self.data.shape[1])
+        width = values.shape[1]
+        return grouped[:, :, :width], grouped[:, :, width:]
+
+
+Stream = GrowingRows | WindowRing | CompressorState
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RestorePoint:
+    """What is overwritten as a session goes on, copied at `length` tokens; growing rows are cut, not copied."""
+
+    length: int
+    fixed: Mapping[tuple[int, str], Tensor]
+
+
+class Streams:
+    """All streams of one session, by layer and name, for up to `capacity` tokens."""
+
+    def __init__(self, config: ModelConfig, capacity: int, exact: bool) -> None:
+        self.specs = config.streams
+        self.capacity = capacity
+        self._streams = {(spec.layer, spec.name): _allocate(spec, capacity, exact) for spec in config.streams}
+        self._components = {(spec.layer, spec.name): spec.component for spec in config.streams}
+
+    def window(self, layer: int) -> WindowRing:
+        stream = self._streams[layer, "window"]
+        assert isinstance(stream, WindowRing)
+        return stream
+
+    def rows(self, layer: int, name: str = "rows") -> GrowingRows:
+        stream = self._streams[layer, name]
+        assert isinstance(stream, GrowingRows)
+        return stream
+
+    def state(self, layer: int, name: str = "state") -> CompressorState:
+        stream = self._streams[layer, name]
+        assert isinstance(stream, CompressorState)
+        return stream
+
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes in use by component; alignment (`ALIGNMENT_BYTES` a growing stream) comes on top."""
+        total: dict[str, int] = {}
+        for key, stream in self._streams.items():
+            component = self._components[key]
+            total[component] = total.get(component, 0) + _used(stream).nbytes
+        return total
+
+    def restore_point(self, length: int) -> RestorePoint:
+        """A restore point: copies of rings and state, a few MiB whatever the length."""
+        return RestorePoint(length, {key: data.clone() for key, data in self._fixed()})
+
+    def restore(self, point: RestorePoint) -> None:
+        """Back to a restore point of this timeline."""
+        for key, data in self._fixed():
+            data.copy_(point.fixed[key])
+        self._cut(point.length)
+
+    def clear(self) -> None:
+        """Back to no tokens at all."""
+        for stream in self._streams.values():
+            if isinstance(stream, CompressorState):
+                stream.clear()
+            elif isinstance(stream, WindowRing):
+                stream.data.zero_()
+        self._cut(0)
+
+    def copy_rows(self) -> dict[tuple[int, str], Tensor]:
+        """Copies of all growing rows, for a snapshot."""
+        return {key: s.packed.clone() for key, s in self._streams.items() if isinstance(s, GrowingRows)}
+
+    def restore_rows(self, rows: Mapping[tuple[int, str], Tensor]) -> None:
+        for key, packed in rows.items():
+            stream = self._streams[key]
+            assert isinstance(stream, GrowingRows)
+            stream.count = 0
+            stream.append(packed)
+
+    def _fixed(self) -> Iterable[tuple[tuple[int, str], Tensor]]:
+        return ((key, s.data) for key, s in self._streams.items() if not isinstance(s, GrowingRows))
+
+    def _cut(self, length: int) -> None:
+        for spec in self.specs:
+            stream = self._streams[spec.layer, spec.name]
+            if isinstance(stream, GrowingRows):
+                stream.count = spec.rows_at(length)
+
+
+def _used(stream: Stream) -> Tensor:
+    return stream.packed if isinstance(stream, GrowingRows) else stream.data
+
+
+def _allocate(spec: StreamSpec, capacity: int, exact: bool) -> Stream:
+    if spec.component == "state":
+        ratio = spec.fixed_rows // 2 if spec.overlap else spec.fixed_rows
+        return CompressorState(spec.layout.width // 2, ratio, spec.overlap)
+    layout = exact_layout(spec.layout) if exact else spec.layout
+    if spec.fixed_rows:
+        return WindowRing(layout, spec.fixed_rows)
+    return GrowingRows(layout, spec.rows_at(capacity))
