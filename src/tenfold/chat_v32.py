@@ -1,8 +1,8 @@
 """V3.2's chat grammar: messages -> prompt, completion -> events. Knows V3.2 only; `chat` is the door to it.
 
-The structure is the checkpoint's: roles, thinking, call blocks, result blocks. Two texts are in our own words,
-since the exact ones were not at hand: the instructions around the tool schemas and the sentence above a response
-schema. So a prompt is exact unless it has tools or a response format. Knows nothing of token ids.
+The structure is the checkpoint's: roles, thinking, call blocks, result blocks. Two texts are in our own words
+and not the checkpoint's: the instructions around the tool schemas and the sentence above a response schema.
+So a prompt is as trained for, unless it has tools or a response format. Knows nothing of token ids.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PARAMETER_END = f"</{DSML}parameter>"
 
 _TOOLS = f"""## Tools
 
-The tools described below can be called to help with the user's request. To call tools, write one block like this:
+The tools described below can be called to help with the user's request. Calls are written as one block:
 
 {_CALLS}
 <{DSML}invoke name="$FUNCTION_NAME">
@@ -48,8 +48,8 @@ The tools described below can be called to help with the user's request. To call
 A parameter that is a string is written as it is, marked `string="true"`. A parameter of any other type \
 (number, boolean, array, object) is written as JSON, marked `string="false"`.
 
-If thinking is on, which {THINK} shows, all reasoning comes first, inside {THINK}...{END_THINK}, and only then \
-the calls or the answer.
+If thinking is on, which {THINK} shows, all reasoning comes first, inside {THINK}...{END_THINK}, and only \
+then the calls or the answer.
 
 The schemas of the tools:
 
@@ -63,8 +63,8 @@ _RESPONSE_FORMAT = "## Response Format:\n\nThe reply must be JSON that follows t
 class Event:
     """A piece of a completion.
 
-    The first `tool_call` event of a call has its `id` and `name`; the texts of all events with its `index` add
-    up to the call's arguments as JSON.
+    The first `tool_call` event of a call has its `id` and `name`; the texts of all events with its `index`
+    add up to the call's arguments as JSON.
     """
 
     kind: Literal["reasoning", "content", "tool_call"]
@@ -179,7 +179,7 @@ def _write_assistant(script: _Script, turn: _Turn, thinks: bool) -> None:
         reasoning = turn.message.get("reasoning_content") or ""
         if not reasoning and not turn.calls:
             raise InputError(
-                "an assistant message after the last user message has no reasoning_content and no tool_calls, "
+                "an assistant message after the last user message has neither reasoning_content nor calls, "
                 "expected one of them when thinking; add its reasoning_content or turn thinking off"
             )
         script.content(reasoning)

@@ -1,9 +1,9 @@
 """Logits -> one token: sampling parameters, the sampler of a session, stop strings.
 
 Order of operations: repetition penalty (tokens of prompt and completion), frequency and presence penalty
-(tokens of the completion), logit_bias, temperature, top_k, top_p, min_p, draw. Temperature 0 takes the largest
-logit after penalties and bias; of equal ones, the smallest id. Log-probabilities are OpenAI's: the log-softmax
-of the logits as the model gave them, before all of this. Knows nothing of models, sessions and tokenizers.
+(tokens of the completion), logit_bias, temperature, top_k, top_p, min_p, draw. Temperature 0 takes the
+largest logit after penalties and bias; of equal ones, the smallest id. Log-probabilities are OpenAI's: the
+log-softmax of the logits as the model gave them, before all of this. Knows nothing of models and tokenizers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A chosen token, its log-probability, and the likeliest tokens with theirs, as many as `logprobs` asks."""
+    """A chosen token, its log-probability, and as many likeliest tokens as `logprobs` asks for."""
 
     id: int
     logprob: float
@@ -203,7 +203,7 @@ def _fallbacks(pattern: str) -> list[int]:
 
 
 def _checked(logits: Tensor) -> Tensor:
-    """The logits in float64 on the CPU, where neither penalties nor exponentials overflow or round visibly."""
+    """The logits in float64 on the CPU, where neither penalties nor exponentials overflow."""
     assert logits.ndim == 1
     raw = logits.detach().to("cpu", torch.float64)
     largest = float(raw.max())  # NaN if any is

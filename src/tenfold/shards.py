@@ -6,7 +6,7 @@ A shard is named by a plain file name and lies in the checkpoint's own folder. A
 only to a regular file inside that folder, or inside `blobs` beside `snapshots`, which is how a download cache
 lays a checkpoint out; a link that leads anywhere else is refused. Pickles (`.bin`, `.pt`) are never opened.
 
-A header is accepted where safetensors 0.8.0 accepts it, but for these differences, all meant and all stricter:
+A header is accepted where safetensors 0.8.0 accepts it, but for these differences, all meant and stricter:
 a tensor or a metadata key given twice; a tensor described by anything but an object of exactly `dtype`,
 `shape` and `data_offsets`; a dtype that is not a plain string. Odd tensor names are sound headers; the loader
 then finds that no model has such a tensor.

@@ -1,8 +1,9 @@
 """The law: every operation in plain torch, float32, readable. Knows nothing of layers, sessions or speed.
 
-Other backends are compared with these functions. Rows of a batch never influence each other, so any chunking
-of a prompt gives the same result: matrix products run on at least `_MIN_ROWS` rows, which keeps the order of
-summation the same for one row as for many.
+Other backends are compared with these functions. A row's result does not depend on the rows computed with it, to
+the last bit, so any chunking of a prompt gives the same result. Three habits see to that: matrix products run on a
+multiple of `_ROW_ALIGN` rows, sums over gathered rows go in blocks of `_BLOCK_ROWS`, and sigmoid, SiLU and softplus
+are spelt out, since torch's own round differently at the end of a tensor.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.nn import functional
 from tenfold.formats import BF16, E2M1_VALUES, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, RowLayout
 from tenfold.ops import Experts, Rows, Weight
 
-_MIN_ROWS = 8
+_ROW_ALIGN = 8
 _TILE_NUMBERS = 1 << 24  # float32 numbers of scratch a tile may take: 64 MiB
-_ROW_ALIGN = 64  # gathered rows are padded to this, so that sums run in the same order for every chunking
+_BLOCK_ROWS = 64
 _E4M3_MAX = 448.0
 _E2M1_MAX = 6.0
 _E4M3_FLOOR = 1e-4
@@ -82,9 +83,26 @@ def _e2m1_pairs() -> Tensor:
 def _matmul(x: Tensor, dense: Tensor) -> Tensor:
     """x [n, in] times dense [out, in] transposed -> [n, out]."""
     n = x.shape[0]
-    if 0 < n < _MIN_ROWS:
-        x = functional.pad(x, (0, 0, 0, _MIN_ROWS - n))
+    if n % _ROW_ALIGN:
+        x = functional.pad(x, (0, 0, 0, -n % _ROW_ALIGN))
     return (x @ dense.t())[:n]
+
+
+def _batched_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [n, i, j] times b [n, j, k]; a batch of one would take another path, with another order of summation."""
+    return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1] if a.shape[0] == 1 else torch.bmm(a, b)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return 1.0 / (1.0 + (-x).exp())
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x / (1.0 + (-x).exp())
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return x.clamp(min=0.0) + (-x.abs()).exp().log1p()
 
 
 # ---------------------------------------------------------------------------------------------- linear parts
@@ -147,8 +165,8 @@ def hc_mix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = streams.shape[1]
     mixed, sigma, offset = _hc_project(streams, fn, norm_eps), dequantize(scale), dequantize(base)
-    pre = torch.sigmoid(mixed[:, :m] * sigma[0] + offset[:m]) + eps
-    post = 2.0 * torch.sigmoid(mixed[:, m : 2 * m] * sigma[1] + offset[m : 2 * m])
+    pre = _sigmoid(mixed[:, :m] * sigma[0] + offset[:m]) + eps
+    post = 2.0 * _sigmoid(mixed[:, m : 2 * m] * sigma[1] + offset[m : 2 * m])
     raw = (mixed[:, 2 * m :] * sigma[2] + offset[2 * m :]).view(-1, m, m)
     return _weighted_streams(pre, streams), post, _sinkhorn(raw, eps, iterations)
 
@@ -175,13 +193,13 @@ def _weighted_streams(weights: Tensor, streams: Tensor) -> Tensor:
 
 def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
     # The sum runs over the FIRST index of the combination (trap 12 of the spec).
-    mixed = (combination[:, :, :, None] * streams[:, :, None, :]).sum(1)
+    mixed = _batched_matmul(combination.transpose(1, 2), streams)
     return post[:, :, None] * y[:, None, :] + mixed
 
 
 def hc_collapse(streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float) -> Tensor:
     mixed = _hc_project(streams, fn, norm_eps)
-    return _weighted_streams(torch.sigmoid(mixed * dequantize(scale) + dequantize(base)) + eps, streams)
+    return _weighted_streams(_sigmoid(mixed * dequantize(scale) + dequantize(base)) + eps, streams)
 
 
 # ---------------------------------------------------------------------------------------------- compressor, rows
@@ -356,7 +374,7 @@ def _gather(source: Rows, span: slice) -> tuple[Tensor, Tensor]:
         start, stop = source.start[span], source.stop[span]
         index = start[:, None] + torch.arange(int((stop - start).max()))
         index = torch.where(index < stop[:, None], index, -1)
-    index = functional.pad(index, (0, -index.shape[1] % _ROW_ALIGN), value=-1)
+    index = functional.pad(index, (0, -index.shape[1] % _BLOCK_ROWS), value=-1)
     hidden = index < 0
     needed, place = index.clamp(min=0).unique(return_inverse=True)
     if needed.numel() == 0 or source.packed.shape[0] == 0:
@@ -366,14 +384,16 @@ def _gather(source: Rows, span: slice) -> tuple[Tensor, Tensor]:
 
 def _attend(q: Tensor, rows: Tensor, hidden: Tensor, sinks: Tensor, scale: float, value_dim: int) -> Tensor:
     """Softmax over rows [n, columns, width] and the sink, which has a share but no value -> [n, heads, value_dim]."""
-    n = q.shape[0]
-    if n == 1:  # a batch of one takes another path through the matrix product, with another order of summation
-        q, rows, hidden = (torch.cat([t, t]) for t in (q, rows, hidden))
-    scores = torch.bmm(q * scale, rows.transpose(1, 2)).masked_fill_(hidden[:, None], -torch.inf)
+    blocks = rows.split(_BLOCK_ROWS, dim=1)
+    scores = torch.cat([_batched_matmul(q * scale, block.transpose(1, 2)) for block in blocks], dim=2)
+    scores = scores.masked_fill(hidden[:, None], -torch.inf)
     top = torch.maximum(scores.amax(-1), sinks)[:, :, None]
-    shares = (scores - top).exp()
-    total = shares.sum(-1, keepdim=True) + (sinks[:, None] - top).exp()
-    return (torch.bmm(shares, rows[..., :value_dim]) / total)[:n]
+    total = (sinks[:, None] - top).exp()
+    values = torch.zeros(*q.shape[:2], value_dim)
+    for block, share in zip(blocks, (scores - top).exp().split(_BLOCK_ROWS, dim=2), strict=True):
+        total = total + share.sum(-1, keepdim=True)
+        values = values + _batched_matmul(share, block[..., :value_dim])
+    return values / total
 
 
 # ---------------------------------------------------------------------------------------------- experts
@@ -392,7 +412,7 @@ def route(
     topk_group: int = 1,
 ) -> tuple[Tensor, Tensor]:
     logits = linear(x, gate)
-    scores = functional.softplus(logits).sqrt() if scoring == "sqrtsoftplus" else logits.sigmoid()
+    scores = _softplus(logits).sqrt() if scoring == "sqrtsoftplus" else _sigmoid(logits)
     if chosen is None:
         choice = scores if bias is None else scores + dequantize(bias)
         chosen = _top(_within_groups(choice, groups, topk_group), topk)
@@ -440,4 +460,4 @@ def _gated(x: Tensor, w1: Weight, w3: Weight, limit: float | None) -> Tensor:
     gate, up = linear(x, w1), linear(x, w3)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return functional.silu(gate) * up
+    return _silu(gate) * up

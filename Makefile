@@ -1,0 +1,47 @@
+# The project's verbs. `make` lists them.
+PYTHON ?= python3
+ifeq ($(origin CXX),default)  # make's own default is g++, which a machine with clang alone does not have
+CXX := c++
+endif
+BIN := .venv/bin
+STAMP := .venv/.tenfold-env
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help env run test test-all lint oracle clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## a virtual environment in .venv with everything in it
+
+$(STAMP): $(BUILT_FROM)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "tenfold needs Python 3.11 or newer, and '$(PYTHON)' is not one; try: make PYTHON=python3.12"; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || { \
+	  echo "tenfold needs a C++ compiler, and '$(CXX)' is not one; install g++ or clang, or try: make CXX=NAME"; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	CXX="$(CXX)" $(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+run: env ## read a document with the model that ships with tenfold
+	$(BIN)/tenfold demo
+
+lint: env ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## style, types and tests
+	$(BIN)/pytest -q -m 'not slow'
+
+test-all: lint ## the same with the slow tests
+	$(BIN)/pytest -q
+
+oracle: env ## the full comparison with the reference implementation
+	$(BIN)/python benchmarks/oracle.py
+
+clean: ## remove .venv and everything that was built
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,85 @@
+#include "cpu.hpp"
+
+#include <cstdint>
+#include <string>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#define TENFOLD_X86 1
+#endif
+
+namespace tenfold {
+namespace {
+
+#ifdef TENFOLD_X86
+
+struct Registers {
+    uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Registers cpuid(uint32_t leaf) {
+    Registers r;
+    __get_cpuid_count(leaf, 0, &r.eax, &r.ebx, &r.ecx, &r.edx);
+    return r;
+}
+
+// XCR0: which register files the operating system saves on a context switch.
+uint64_t saved_register_files() {
+    uint32_t low = 0, high = 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+bool has(uint32_t word, int bit) { return ((word >> bit) & 1U) != 0; }
+
+CpuFeatures probe() {
+    constexpr uint64_t ymm_state = 0x06, zmm_state = 0xe6;
+    const Registers basic = cpuid(1);
+    const Registers extended = cpuid(7);
+    const uint64_t saved = has(basic.ecx, 27) ? saved_register_files() : 0;  // bit 27: xgetbv may be used
+    const bool ymm = (saved & ymm_state) == ymm_state;
+    const bool zmm = (saved & zmm_state) == zmm_state;
+
+    CpuFeatures found;
+    found.sse2 = has(basic.edx, 26);
+    found.fma = ymm && has(basic.ecx, 12);
+    found.f16c = ymm && has(basic.ecx, 29);
+    found.avx2 = ymm && has(extended.ebx, 5);
+    found.avx512f = zmm && has(extended.ebx, 16);
+    return found;
+}
+
+#else
+
+CpuFeatures probe() { return {}; }
+
+#endif
+
+std::string join(const CpuFeatures& found) {
+    std::string names;
+    const auto add = [&names](bool present, const char* name) {
+        if (!present) return;
+        if (!names.empty()) names += ' ';
+        names += name;
+    };
+    add(found.sse2, "sse2");
+    add(found.avx2, "avx2");
+    add(found.fma, "fma");
+    add(found.f16c, "f16c");
+    add(found.avx512f, "avx512f");
+    return names;
+}
+
+}  // namespace
+
+const CpuFeatures& cpu_features() {
+    static const CpuFeatures found = probe();
+    return found;
+}
+
+const char* cpu_feature_names() {
+    static const std::string names = join(cpu_features());
+    return names.c_str();
+}
+
+}  // namespace tenfold

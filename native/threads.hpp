@@ -1,0 +1,42 @@
+// Work shared between threads, on the OpenMP pool that torch already owns. Knows nothing of kernels.
+//
+// The library links no OpenMP runtime: a second pool beside torch's would fight it for the same cores.
+// Whoever loads the library hands over three entry points of the runtime that torch uses; libgomp, LLVM's
+// and Intel's runtimes all have them. Without them everything runs on the calling thread.
+#pragma once
+
+#include <cstdint>
+
+namespace tenfold {
+
+using Work = void (*)(void* context);
+
+struct OpenMp {
+    void (*parallel)(Work work, void* context, unsigned threads, unsigned flags) = nullptr;  // GOMP_parallel
+    int (*worker)() = nullptr;                                                               // omp_get_thread_num
+    int (*workers)() = nullptr;                                                              // omp_get_num_threads
+};
+
+// Set once, before the first kernel runs.
+void use_openmp(const OpenMp& runtime);
+
+// Runs body(context, worker, workers) on `threads` threads at once and returns when all are done.
+void parallel(int32_t threads, void (*body)(void* context, int32_t worker, int32_t workers), void* context);
+
+// Calls run(first, last) on equal shares of [0, rows). `elements` is the size of the whole work: below some
+// 16 thousand a fork costs more than it saves. It is all threads or one, since a pool that changes its size
+// ends and starts threads. Static: a template shared between instruction sets would be merged by the linker.
+template <class Run>
+static void split_rows(int64_t rows, int64_t elements, int32_t threads, const Run& run) {
+    struct Context {
+        int64_t rows;
+        const Run& run;
+    } context{rows, run};
+    const auto share = [](void* opaque, int32_t worker, int32_t workers) {
+        const Context& c = *static_cast<const Context*>(opaque);
+        c.run(c.rows * worker / workers, c.rows * (worker + 1) / workers);
+    };
+    parallel(elements < 16384 ? 1 : threads, share, &context);
+}
+
+}  // namespace tenfold
