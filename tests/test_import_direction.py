@@ -19,12 +19,13 @@ LAYERS = (
     ("errors",),
     ("config", "formats", "checkpoint", "shards"),
     ("machine", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
-    ("weights", "streams", "step", "sampler", "models"),
-    ("engine", "store", "synth", "inspection"),
+    ("weights", "streams", "step", "sampler", "models", "quantise"),
+    ("engine", "store", "synth", "inspection", "doctor"),
     ("tenfold",),
-    ("scheduler",),
-    ("protocol", "server"),
-    ("cli", "demo"),
+    ("completion", "scheduler", "terminal"),
+    ("protocol", "server", "views"),
+    ("demo",),
+    ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

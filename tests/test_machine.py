@@ -136,9 +136,7 @@ def fake_nvidia_smi(tmp_path: Path, script: str) -> None:
 
 
 def test_gpus_as_the_driver_lists_them(root: Path, tmp_path: Path) -> None:
-    fake_nvidia_smi(
-        tmp_path, "echo 'NVIDIA H200, 143771, 143008, 9.0'; echo 'Odd, with comma, [N/A], [N/A], [N/A]'"
-    )
+    fake_nvidia_smi(tmp_path, "echo 'NVIDIA H200, 143771, 143008, 9.0'; echo 'Odd, with comma, [N/A], [N/A], [N/A]'")
     assert this_machine(root=root).gpus == (
         Gpu("NVIDIA H200", 143771 << 20, 143008 << 20, "9.0"),
         Gpu("Odd, with comma", None, None, None),

@@ -78,9 +78,7 @@ def test_rms_norm_reads_memory_at_any_multiple_of_four_bytes(isa: str) -> None:
     memory, weight = torch.randn(1 + 9 * 37), torch.randn(37)
     x = memory[1:].view(9, 37)
     assert x.data_ptr() % 32
-    torch.testing.assert_close(
-        _native.rms_norm(x, weight, EPS, isa=isa), law(x, weight), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(_native.rms_norm(x, weight, EPS, isa=isa), law(x, weight), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -179,9 +177,7 @@ def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tm
         _native.library_path()
 
 
-def test_a_library_that_does_not_load_names_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_library_that_does_not_load_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "libtenfold.so").write_bytes(b"not a library")
     monkeypatch.setattr(_native, "library_path", lambda: tmp_path / "libtenfold.so")
     with pytest.raises(BackendMissing, match=r"does not load.*pip install -e \."):

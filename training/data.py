@@ -4,8 +4,8 @@ Run from the repository root on Debian 12 (once before: apt-get update):
 
     python -m training.data
 
-Writes build/training/{train,valid}.txt (documents apart by a form feed), corpus.json (what came from where),
-and src/tenfold/demo/document.txt. Knows nothing of tokens and models.
+Writes build/training/{train,valid}.txt (documents apart by a form feed), train_sources.json (the package of each
+training document), corpus.json (what came from where), and src/tenfold/demo/document.txt. Knows nothing of tokens and models.
 """
 
 from __future__ import annotations
@@ -302,6 +302,7 @@ def main() -> None:
     train = list(split.train)
     random.Random(0).shuffle(train)
     _write(work / "train.txt", train)
+    (work / "train_sources.json").write_text(json.dumps([d.source for d in train]) + "\n", encoding="utf-8")
     _write(work / "valid.txt", split.valid)
     chapters = "\n\n".join(document.text.strip("\n") for document in split.held_out) + "\n"
     DOCUMENT.parent.mkdir(parents=True, exist_ok=True)

@@ -107,9 +107,7 @@ def _bind_shape(argument: Argument, shape: tuple[int, ...], sizes: dict[str, int
         raise ValueError(f"{argument.name}: expected shape ({expected}), got {tuple(shape)}")
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, isa: str | None = None
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *, isa: str | None = None) -> Tensor:
     """`weight * x / sqrt(mean(x**2, -1) + eps)` over the last axis, float32. `out` may be `x` itself."""
     out = x.new_empty(x.shape) if out is None else out
     sizes = match(_RMS_NORM, x, weight, out)

@@ -52,6 +52,7 @@ _EFFORTS: dict[Profile, dict[str | None, str]] = {  # the checkpoint's word -> d
     Profile.PREVIEW: {None: "low", "high": "low", "max": "high"},
     Profile.OFFICIAL: {None: "high", "low": "low", "high": "high", "max": "max"},
 }
+_V4_GRAMMAR = {*chat_v32.CONTROL_TOKENS, "<｜latest_reminder｜>"}
 _V4_ROLES = ("system", "user", "assistant", "tool", "latest_reminder")
 _ROLES = {
     Profile.PREVIEW: _V4_ROLES,
@@ -146,9 +147,7 @@ def compose(
         return Prompt("\n\n".join(chat_v32.text_of(message.get("content")) for message in checked))
     with _mapped():
         if profile is Profile.V32:
-            return chat_v32.compose(
-                checked, thinking=thinks, tools=tools or (), response_format=response_format
-            )
+            return chat_v32.compose(checked, thinking=thinks, tools=tools or (), response_format=response_format)
         return _compose_v4(checked, _EFFORTS[profile][effort] if thinks else None, tools, response_format)
 
 
@@ -186,7 +185,14 @@ def _compose_v4(
     request = deepseek_recipe.ChatCompletionRequest(body)
     conversation = request.convert(deepseek_recipe.ConversionOptions()).conversation
     rendered = deepseek_recipe.DeepseekV4Encoding().render_conversation(conversation)
-    return Prompt(rendered.prompt, tuple(rendered.special_ranges))
+    return Prompt(rendered.prompt, tuple(_grammar_only(rendered)))
+
+
+def _grammar_only(rendered: deepseek_recipe.RenderedPrompt) -> Iterator[tuple[int, int]]:
+    """The control tokens of the grammar; the library also marks grounding tokens that assistant contents spell."""
+    for start, end in rendered.special_ranges:
+        if rendered.prompt[start:end] in _V4_GRAMMAR:
+            yield start, end
 
 
 @contextmanager
@@ -207,9 +213,7 @@ def _thinks(profile: Profile, thinking: bool | None, effort: str | None) -> bool
         raise InputError("thinking is on, but a plain model has no thinking; turn it off")
     efforts = [known for known in _EFFORTS.get(profile, {}) if known is not None]
     if effort is not None and effort not in efforts:
-        raise InputError(
-            f"effort is {effort!r}, profile {profile} has {' '.join(efforts) or 'none'}; leave it out"
-        )
+        raise InputError(f"effort is {effort!r}, profile {profile} has {' '.join(efforts) or 'none'}; leave it out")
     if effort is not None and not thinks:
         raise InputError(f"effort is {effort!r}, but thinking is off; leave one of them out")
     return thinks
@@ -228,9 +232,7 @@ def _checked(messages: Sequence[Mapping[str, Any]], profile: Profile) -> list[di
     checked = [_checked_message(message, f"messages[{i}]", profile) for i, message in enumerate(messages)]
     for i, message in enumerate(checked):
         if message.get("prefix") and (i + 1 < len(checked) or profile not in _EFFORTS):
-            raise InputError(
-                f"messages[{i}].prefix is true, expected on the last message of a V4 prompt; remove it"
-            )
+            raise InputError(f"messages[{i}].prefix is true, expected on the last message of a V4 prompt; remove it")
     return checked
 
 
@@ -241,8 +243,9 @@ def _checked_message(message: Mapping[str, Any], where: str, profile: Profile) -
             f"{where}.role is {role!r}, profile {profile} has {' '.join(_ROLES[profile])}; use one of them"
         )
     given = {name: value for name, value in message.items() if value is not None}
-    for name in given.keys() - {"role", *_FIELDS[role]}:
-        raise InputError(f"{where}.{name} is not a field of a message with role {role}; remove it")
+    fields = ("content",) if profile is Profile.PLAIN else _FIELDS[role]
+    for name in given.keys() - {"role", *fields}:
+        raise InputError(f"{where}.{name} is not a field of a {profile} message with role {role}; remove it")
     _check_content(given.get("content"), f"{where}.content", optional=role == "assistant")
     if not isinstance(given.get("reasoning_content", ""), str):
         raise InputError(f"{where}.reasoning_content is {given['reasoning_content']!r}, expected a string")
@@ -260,7 +263,7 @@ def _check_content(content: object, where: str, *, optional: bool) -> None:
 
 
 class Parser:
-    """A completion in pieces -> events. Accepts whatever a model writes; no part of a call's marker is shown.
+    """A completion in pieces -> events. Accepts whatever a model writes; what opens a call is never shown.
 
     `thinking` as in `compose`; with `tools` off, calls are content. `continues` says where a `prefix` message
     left off. The end-of-sequence token is not text: whoever samples stops there.
@@ -275,13 +278,13 @@ class Parser:
         continues: Continues | None = None,
     ) -> None:
         thinks = _thinks(profile, thinking, None)
-        self._inner: _Inner = (
-            _PlainParser()
-            if profile is Profile.PLAIN
-            else chat_v32.Parser(thinking=thinks and continues != "content", tools=tools)
-            if profile is Profile.V32
-            else _RecipeParser(thinks, tools, continues)
-        )
+        self._inner: _Inner
+        if profile is Profile.PLAIN:
+            self._inner = _PlainParser()
+        elif profile is Profile.V32:
+            self._inner = chat_v32.Parser(thinking=thinks and continues != "content", tools=tools)
+        else:
+            self._inner = _RecipeParser(thinks, tools, continues)
 
     def push(self, text: str) -> list[Event]:
         """What this piece completes; text that may begin a marker is held back."""
@@ -320,9 +323,7 @@ class _RecipeParser:
             parse_tool_calls=tools, thinking_initial_stage=stage if thinks else None
         )
         conversation = deepseek_recipe.Conversation(thinking_mode=thinks)
-        request = deepseek_recipe.ConversationRequest(
-            conversation, deepseek_recipe.ModelVersion.DeepseekV4Pro
-        )
+        request = deepseek_recipe.ConversationRequest(conversation, deepseek_recipe.ModelVersion.DeepseekV4Pro)
         generator = deepseek_recipe.ChatCompletionRequest.chunk_generator(request, "", "")
         self._stream = deepseek_recipe.StreamProcessor(generator, options)
         self._stream.push(deepseek_recipe.InferenceChunk.ready())
@@ -346,9 +347,7 @@ def _events_of_delta(delta: Mapping[str, Any]) -> Iterator[Event]:
         yield Event("content", delta["content"])
     for call in delta.get("tool_calls") or ():
         function = call["function"]
-        yield Event(
-            "tool_call", function["arguments"], call["index"], call.get("id", ""), function.get("name", "")
-        )
+        yield Event("tool_call", function["arguments"], call["index"], call.get("id", ""), function.get("name", ""))
 
 
 def message_of(events: Iterable[Event]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tenfold.errors import InputError
 from tenfold.tokenizer import Prompt
 
-__all__ = ["Event", "Parser", "compose", "text_of"]
+__all__ = ["BOS", "CONTROL_TOKENS", "Event", "Parser", "compose", "text_of"]
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -27,7 +27,9 @@ THINK = "<think>"
 END_THINK = "</think>"
 DSML = "｜DSML｜"
 
-_CONTROL = re.compile("|".join(map(re.escape, (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML))))
+CONTROL_TOKENS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)
+
+_CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 _CALLS = f"<{DSML}function_calls>"
 _CALLS_END = f"</{DSML}function_calls>"
 _INVOKE_END = f"</{DSML}invoke>"
@@ -148,13 +150,9 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[_Turn]:
         elif turns and turns[-1].calls:
             turns[-1].results.append(message)
         else:
-            raise InputError(
-                "a tool message follows no assistant message with tool_calls; put it behind its call"
-            )
+            raise InputError("a tool message follows no assistant message with tool_calls; put it behind its call")
     if not turns or (turns[-1].role in ("system", "assistant") and not turns[-1].results):
-        raise InputError(
-            "there is nothing to answer; the last message must be from a user, developer or tool"
-        )
+        raise InputError("there is nothing to answer; the last message must be from a user, developer or tool")
     return turns
 
 
@@ -231,9 +229,7 @@ def _in_order_of_calls(turn: _Turn) -> list[Mapping[str, Any]]:
     asked = [call.get("id") for call in turn.calls]
     answered = [result.get("tool_call_id") for result in turn.results]
     if sorted(map(str, asked)) != sorted(map(str, answered)):
-        raise InputError(
-            f"tool results for {answered} do not answer the calls {asked}; give one result for each"
-        )
+        raise InputError(f"tool results for {answered} do not answer the calls {asked}; give one result for each")
     return sorted(turn.results, key=lambda result: asked.index(result.get("tool_call_id")))
 
 
@@ -255,9 +251,7 @@ def _json(value: Any, what: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise InputError(
-            f"{what} cannot be written as JSON ({exc}); use plain JSON values, not too deep"
-        ) from exc
+        raise InputError(f"{what} cannot be written as JSON ({exc}); use plain JSON values, not too deep") from exc
 
 
 _END_OF_REASONING = re.compile(f"{END_THINK}|\n{{0,2}}<{DSML}")
@@ -270,7 +264,7 @@ _PARAMETER = re.compile(f'<{DSML}parameter name="([^"]*)"(?: string="(true|false
 
 
 class Parser:
-    """A completion in pieces -> events. Never raises, and lets no marker into the text, however it is cut.
+    """A completion in pieces -> events. Never raises; what opens a call is never shown, however it is cut.
 
     A call is reported when it is complete; one cut short by the end of the completion is reported with
     arguments that lack the closing brace, so that nobody runs it. With `tools` off, calls are plain content.

@@ -176,7 +176,11 @@ def _ffn(
     """Gate, down and up projection of one feed-forward network."""
     inner = width or c.moe_intermediate_size * (c.n_shared_experts if component == "moe_shared" else 1)
     gate, down, up = names
-    for name, shape in ((gate, (inner, c.hidden_size)), (down, (c.hidden_size, inner)), (up, (inner, c.hidden_size))):
+    for name, shape in (
+        (gate, (inner, c.hidden_size)),
+        (down, (c.hidden_size, inner)),
+        (up, (inner, c.hidden_size)),
+    ):
         yield TensorSpec(f"{prefix}{name}.weight", shape, formats, component, active)
 
 

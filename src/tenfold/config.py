@@ -20,6 +20,7 @@ from tenfold.errors import ConfigError
 from tenfold.formats import RowLayout, index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
 
 __all__ = [
+    "EMBEDDED",
     "PRESETS",
     "AttentionKind",
     "DeepseekV4Config",
@@ -30,11 +31,15 @@ __all__ = [
     "RouterKind",
     "StreamSpec",
     "load",
+    "locate",
     "parse",
     "preset",
 ]
 
 PRESETS = ("v4-flash", "v4-pro", "v3.2")
+
+EMBEDDED = ("tiny-v4-flash",)
+"""Models that ship with the package, weights and all."""
 
 AttentionKind = Literal["swa", "csa", "hca", "dsa"]
 """Sliding window; compressed sparse (ratio 4); heavily compressed; V3.2's token-level sparse attention."""
@@ -49,10 +54,31 @@ MAX_EXTENT = 1 << 24
 
 # Present in published files, and without influence on what is computed.
 _IGNORED = frozenset(
-    """architectures model_type auto_map _name_or_path transformers_version torch_dtype dtype use_cache
-    initializer_range attention_dropout ep_size moe_layer_freq bos_token_id eos_token_id pad_token_id
-    pretraining_tp output_router_logits router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux
-    partial_rotary_factor qk_head_dim""".split()
+    [
+        "architectures",
+        "model_type",
+        "auto_map",
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "initializer_range",
+        "attention_dropout",
+        "ep_size",
+        "moe_layer_freq",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "pretraining_tp",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "aux_loss_alpha",
+        "seq_aux",
+        "partial_rotary_factor",
+        "qk_head_dim",
+    ]
 )
 
 
@@ -272,18 +298,26 @@ def preset(name: str) -> ModelConfig:
     return parse(json.loads(text))
 
 
+def locate(source: str | Path) -> Path:
+    """Where a model lies: an embedded model by its name, else the path itself."""
+    if isinstance(source, str) and source in EMBEDDED:
+        return Path(str(resources.files("tenfold").joinpath("demo", source)))
+    return Path(source)
+
+
 def load(source: str | Path) -> ModelConfig:
-    """The configuration of a preset, a checkpoint folder, or a config.json file."""
+    """The configuration of a preset, an embedded model, a checkpoint folder, or a config.json file."""
     if isinstance(source, str) and source in PRESETS:
         return preset(source)
-    path = Path(source)
+    path = locate(source)
     if path.is_dir():
         path = path / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"no config.json at {path}; give a checkpoint folder or one of the presets {', '.join(PRESETS)}"
+            f"no config.json at {path}; give a checkpoint folder, the embedded model {', '.join(EMBEDDED)}, "
+            f"or one of the presets {', '.join(PRESETS)}"
         ) from None
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}") from exc
@@ -332,7 +366,7 @@ class _Fields:
 
     def choice(self, name: str, allowed: tuple[object, ...], default: object = ...) -> Any:
         value = self.value(name, default)
-        if value not in allowed:
+        if not any(value == item and type(value) is type(item) for item in allowed):  # True is not 1
             expected = " or ".join(repr(item) for item in allowed)
             raise ConfigError(f"config.json: {name} is {value!r}, expected {expected}")
         return value
@@ -390,7 +424,7 @@ def _shared(fields: _Fields) -> dict[str, Any]:
         "max_position_embeddings": fields.integer("max_position_embeddings", 1, 1 << 40),
         "num_nextn_predict_layers": fields.integer("num_nextn_predict_layers", 0, 64, default=0),
         "weight_block_size": _weight_block_size(fields),
-        "bos_token_id": fields.value("bos_token_id", None),
+        "bos_token_id": None if fields.value("bos_token_id", None) is None else fields.integer("bos_token_id", 0),
         "eos_token_id": _token_ids(fields.value("eos_token_id", ())),
         "raw": dict(fields.raw),
     }
@@ -398,7 +432,7 @@ def _shared(fields: _Fields) -> dict[str, Any]:
 
 def _token_ids(value: object) -> tuple[int, ...]:
     ids = value if isinstance(value, list | tuple) else (value,)
-    if not all(isinstance(item, int) for item in ids):
+    if not all(type(item) is int and 0 <= item < MAX_EXTENT for item in ids):
         raise ConfigError(f"config.json: eos_token_id is {value!r}, expected a token id or a list of them")
     return tuple(ids)
 
@@ -423,8 +457,12 @@ def _yarn(fields: _Fields, theta: float, dim: int) -> RopeSpec:
     missing = [key for key in ("factor", "original_max_position_embeddings") if key not in scaling]
     if missing:
         raise ConfigError(f"config.json: rope_scaling has no {' and no '.join(missing)}")
-    original = _number("config.json: rope_scaling.original_max_position_embeddings",
-                       scaling["original_max_position_embeddings"], 1, 1e12)  # fmt: skip
+    original = _number(
+        "config.json: rope_scaling.original_max_position_embeddings",
+        scaling["original_max_position_embeddings"],
+        1,
+        1e12,
+    )
     return RopeSpec(
         theta=theta,
         dim=dim,
@@ -485,12 +523,15 @@ def _parse_v32(fields: _Fields) -> DeepseekV32Config:
     fields.integer("num_key_value_heads", 1, 1 << 14)
     groups, experts = fields.integer("n_group"), shared["n_routed_experts"]
     if experts % groups or experts // groups < 2:
-        raise ConfigError(f"config.json: n_group is {groups}, expected a divisor of n_routed_experts {experts} "
-                          "that leaves at least 2 experts a group")  # fmt: skip
+        raise ConfigError(
+            f"config.json: n_group is {groups}, expected a divisor of n_routed_experts {experts} "
+            "that leaves at least 2 experts a group"
+        )
     topk_group = fields.integer("topk_group", 1, groups)
     if shared["num_experts_per_tok"] > topk_group * (experts // groups):
-        raise ConfigError(f"config.json: topk_group is {topk_group}, too few for num_experts_per_tok "
-                          f"{shared['num_experts_per_tok']}")  # fmt: skip
+        raise ConfigError(
+            f"config.json: topk_group is {topk_group}, too few for num_experts_per_tok {shared['num_experts_per_tok']}"
+        )
     scaling = fields.value("rope_scaling")
     mscales = scaling if isinstance(scaling, dict) else {}
     return DeepseekV32Config(
@@ -504,15 +545,16 @@ def _parse_v32(fields: _Fields) -> DeepseekV32Config:
         topk_group=topk_group,
         rope=_yarn(fields, fields.number("rope_theta", 1.0), shared["qk_rope_head_dim"]),
         mscale=_number("config.json: rope_scaling.mscale", mscales.get("mscale", 1.0), 0.0, 100.0),
-        mscale_all_dim=_number("config.json: rope_scaling.mscale_all_dim", mscales.get("mscale_all_dim", 0.0),
-                               0.0, 100.0),  # fmt: skip
+        mscale_all_dim=_number(
+            "config.json: rope_scaling.mscale_all_dim", mscales.get("mscale_all_dim", 0.0), 0.0, 100.0
+        ),
     )
 
 
 _TRANSFORMERS_LAYERS = {
     "sliding_attention": 0,
     "compressed_sparse_attention": CSA_RATIO,
-    "heavily_compressed_attention": None,
+    "heavily_compressed_attention": 128,
 }
 
 
@@ -521,8 +563,9 @@ def _official_words(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if "rope_parameters" not in raw:
         return raw
     fields = dict(raw)
-    rope, layer_types = fields.pop("rope_parameters"), fields.pop("layer_types", None)
-    mlp_types = fields.pop("mlp_layer_types", [])
+    rope = _pop(fields, "rope_parameters", dict, {})
+    layer_types = _pop(fields, "layer_types", list, None)
+    mlp_types = _pop(fields, "mlp_layer_types", list, [])
     fields.setdefault("topk_method", "noaux_tc")
     if fields.get("model_type") == "deepseek_v32":
         fields.pop("head_dim", None)
@@ -530,14 +573,30 @@ def _official_words(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         fields.setdefault("rope_theta", rope.get("rope_theta"))
         fields["rope_scaling"] = rope
         return fields
-    rates = fields.pop("compress_rates", {})
+    rates = _pop(fields, "compress_rates", dict, {})
     if "compress_ratios" not in fields and layer_types is not None:
-        hca = rates.get("heavily_compressed_attention", 128)
-        unknown = sorted(set(layer_types) - set(_TRANSFORMERS_LAYERS))
-        if unknown:
-            raise ConfigError(f"config.json: layer_types holds {', '.join(unknown)}, which V4 does not have")
-        ratios = [_TRANSFORMERS_LAYERS[kind] for kind in layer_types]
-        fields["compress_ratios"] = [hca if ratio is None else ratio for ratio in ratios]
-    fields.setdefault("num_hash_layers", mlp_types.count("hash_moe"))
+        fields["compress_ratios"] = [_ratio(kind, rates) for kind in layer_types]
+    hashed = mlp_types.count("hash_moe")
+    if mlp_types[:hashed] != ["hash_moe"] * hashed:
+        raise ConfigError("config.json: mlp_layer_types has hash_moe behind moe, expected it in the first layers")
+    fields.setdefault("num_hash_layers", hashed)
     fields["rope_scaling"] = rope.get("compress")
     return fields
+
+
+def _pop(fields: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = fields.pop(name, default)
+    if value is not default and not isinstance(value, kind):
+        raise ConfigError(f"config.json: {name} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _ratio(kind: object, rates: Mapping[str, Any]) -> Any:
+    """The compression ratio of one of transformers' layer types."""
+    if not isinstance(kind, str) or kind not in _TRANSFORMERS_LAYERS:
+        raise ConfigError(f"config.json: layer_types holds {kind!r}, which V4 does not have")
+    usual = _TRANSFORMERS_LAYERS[kind]
+    ratio = rates.get(kind, usual)
+    if usual <= CSA_RATIO and ratio != usual:  # the ratio alone says what a layer is (see CSA_RATIO)
+        raise ConfigError(f"config.json: compress_rates gives {kind} {ratio!r}, expected {usual}")
+    return ratio

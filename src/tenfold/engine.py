@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ from tenfold.step import Span, Step
 from tenfold.streams import RestorePoint, Streams
 from tenfold.weights import Weights, open_weights
 
-__all__ = ["Engine", "Session", "Snapshot", "parse_bytes"]
+__all__ = ["Engine", "Session", "Snapshot", "checked_numerics", "parse_bytes"]
 
-NUMERICS = ("deployed", "exact")
+Numerics = Literal["deployed", "exact"]
+"""KV rows and index keys in the formats the models were trained for, or neither quantised."""
+
 _MAX_CHUNK_TOKENS = 4096
 _MAX_POINTS = 8
 _POINT_EVERY_TOKENS = 128
@@ -42,6 +44,13 @@ def parse_bytes(text: str | int) -> int:
     if match is None or float(match.group(1)) <= 0:
         raise UsageError(f"memory is {text!r}, expected a positive size such as 12G or 512M")
     return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
+
+
+def checked_numerics(name: str) -> Numerics:
+    """`name` if it is a choice of numerics, else a UsageError."""
+    if name not in get_args(Numerics):
+        raise UsageError(f"numerics is {name!r}, expected one of {', '.join(get_args(Numerics))}")
+    return cast(Numerics, name)
 
 
 class Engine:
@@ -59,16 +68,17 @@ class Engine:
         cls,
         source: str | Path,
         backend: str = "auto",
-        numerics: Literal["deployed", "exact"] = "deployed",
+        numerics: Numerics = "deployed",
         memory: str | int | None = None,
         store: None = None,
     ) -> Engine:
-        """Opens a checkpoint folder; `memory` bounds what is unpacked and computed at once (default: half of what is free).
+        """Opens a checkpoint folder or an embedded model.
+
+        `memory` bounds what is unpacked and computed at once (default: half of what is free).
 
         Raises ConfigError, CheckpointError, BackendMissing or UsageError. `store` is reserved for the disk store.
         """
-        if numerics not in NUMERICS:
-            raise UsageError(f"numerics is {numerics!r}, expected one of {', '.join(NUMERICS)}")
+        exact = checked_numerics(numerics) == "exact"
         if store is not None:
             raise UsageError("this version has no disk store yet; leave store at None")
         name, operations = ops.select(backend)
@@ -76,10 +86,10 @@ class Engine:
         config = configuration.load(source)
         weights = _open(source, config)
         resident = 4 * sum(spec.numel for spec in checkpoint.tensors(config)) <= budget // 2
-        bind = Binder(weights.take, operations, resident, exact=numerics == "exact")
+        bind = Binder(weights.take, operations, resident, exact=exact)
         model = build(config, bind)
         weights.finish()
-        return cls(config, model, backend=name, exact=bind.exact, chunk_tokens=_chunk_tokens(config, budget))
+        return cls(config, model, backend=name, exact=exact, chunk_tokens=_chunk_tokens(config, budget))
 
     def session(self, context: int | None = None) -> Session:
         """A new, empty timeline for up to `context` tokens (default: what the model was trained for)."""
@@ -122,7 +132,7 @@ def _open(source: str | Path, config: ModelConfig) -> Weights:
             f"{source!r} is a configuration without weights; download the checkpoint and give its folder, "
             f"or try `tenfold synth {source} --layers 4 --hidden 512 DIR` for a small random one"
         )
-    return open_weights(Path(source), config)
+    return open_weights(configuration.locate(source), config)
 
 
 def _chunk_tokens(config: ModelConfig, budget: int) -> int:
@@ -298,7 +308,5 @@ class Session:
 def _most_dispensable(lengths: list[int]) -> int:
     """Index of the point whose gap, relative to how far back it lies, is smallest; the last one stays."""
     now = lengths[-1]
-    gaps = [
-        (lengths[i + 1] - (lengths[i - 1] if i else 0)) / (now - lengths[i] + 1) for i in range(len(lengths) - 1)
-    ]
+    gaps = [(lengths[i + 1] - (lengths[i - 1] if i else 0)) / (now - lengths[i] + 1) for i in range(len(lengths) - 1)]
     return gaps.index(min(gaps))

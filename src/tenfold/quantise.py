@@ -1,6 +1,6 @@
-"""Float matrices -> the codes and scales of a checkpoint (spec 2.10, 3.1); the way back is `reference.dequantize`.
+"""Float matrices -> the codes and scales of a checkpoint (spec 2.10, 3.1); `reference.dequantize` leads back.
 
-Knows nothing of files, names or models. Scales are powers of two: 2^ceil(log2(amax / limit)), where amax is the
+Knows nothing of files or models. Scales are powers of two: 2^ceil(log2(amax / limit)), where amax is the
 largest magnitude of a block, but not less than the format's floor, and limit is 448 (e4m3) or 6 (e2m1).
 """
 
@@ -15,7 +15,7 @@ from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4, WeightFo
 from tenfold.ops import Weight
 from tenfold.ops.reference import e2m1_codes
 
-__all__ = ["fp8_block", "mxfp4", "quantize", "scale_bytes", "scale_values"]
+__all__ = ["FP8_EDGE", "MXFP4_EDGE", "fp8_block", "mxfp4", "quantize", "scale_bytes", "scale_values"]
 
 E4M3_LIMIT, E4M3_FLOOR = 448.0, 1e-4
 E2M1_LIMIT, E2M1_FLOOR = 6.0, 6.0 * 2.0**-126
@@ -28,9 +28,7 @@ def quantize(name: str, matrix: Tensor, form: WeightFormat) -> Weight:
     if form in (F32, BF16):
         return Weight(name, shape, form, matrix.to(torch.float32 if form is F32 else torch.bfloat16))
     if matrix.dim() != 2 or form not in (FP8_BLOCK, FP8_BLOCK_F32, MXFP4):
-        raise InputError(
-            f"{name}: {list(shape)} cannot be stored as {form.name}; give a matrix and a float format"
-        )
+        raise InputError(f"{name}: {list(shape)} cannot be stored as {form.name}; give a matrix and a float format")
     if form is MXFP4:
         return Weight(name, shape, form, *mxfp4(matrix))
     codes, scales = fp8_block(matrix)
@@ -67,7 +65,7 @@ def mxfp4(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_bytes(amax: Tensor, limit: float, floor: float) -> Tensor:
-    """The e8m0 byte of 2^ceil(log2(amax / limit)), from the float32 bits: exponent, plus 1 if a bit follows."""
+    """e8m0 byte of 2^ceil(log2(amax / limit)), from the float32 bits: the exponent, plus 1 if a bit is set."""
     bits = (amax.float().clamp(min=floor) * torch.tensor(1.0 / limit, dtype=torch.float32)).view(torch.int32)
     return ((bits >> 23) + ((bits & 0x7FFFFF) != 0)).to(torch.uint8)
 
@@ -79,7 +77,5 @@ def scale_values(scales: Tensor) -> Tensor:
 
 def _finite(matrix: Tensor) -> Tensor:
     if not torch.isfinite(matrix).all():
-        raise InputError(
-            "the matrix holds NaN or infinity and cannot be quantised; look for the layer that diverged"
-        )
+        raise InputError("the matrix holds NaN or infinity and cannot be quantised; look for the layer that diverged")
     return matrix.float()

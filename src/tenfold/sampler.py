@@ -66,9 +66,7 @@ class SamplingParams:
         """Refuses a `logit_bias` for ids the model does not have."""
         for token_id in self.logit_bias:
             if token_id >= vocab_size:
-                raise UsageError(
-                    f"logit_bias names token {token_id}, expected 0..{vocab_size - 1}; remove it"
-                )
+                raise UsageError(f"logit_bias names token {token_id}, expected 0..{vocab_size - 1}; remove it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: Iterable[int] = ()) -> None:
         self.params = params
         self._generator = torch.Generator()
-        self.seed = self._generator.seed() if params.seed is None else params.seed
+        self.seed = self._generator.seed() >> 1 if params.seed is None else params.seed
         self._generator.manual_seed(self.seed)
         repeats = params.repetition_penalty != 1.0
         self._prompt_ids = torch.tensor(sorted(set(prompt)) if repeats else [], dtype=torch.int64)
@@ -129,16 +127,13 @@ class Sampler:
         scaled = (adjusted - adjusted.max()) / self.params.temperature  # the largest is 0: no overflow
         ids = _filtered(scaled, self.params)
         cumulative = scaled[ids].exp().cumsum(0)
-        total = float(cumulative[-1])
-        uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
-        edge = min(uniform * total, math.nextafter(total, 0.0))  # below the total: never a token of weight 0
-        return int(ids[torch.searchsorted(cumulative, edge, right=True)])
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
+        # At most 1 - 2**-53, so the product stays below the total: never a token of weight 0.
+        return int(ids[torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)])
 
     def _report(self, raw: Tensor, token_id: int) -> Sampled:
         norm = raw.logsumexp(0)
-        top = (
-            _leading(raw, self.params.logprobs) if self.params.logprobs else torch.empty(0, dtype=torch.int64)
-        )
+        top = _leading(raw, self.params.logprobs) if self.params.logprobs else torch.empty(0, dtype=torch.int64)
         top = top[raw[top] > -math.inf]
         pairs = zip(top.tolist(), (raw[top] - norm).tolist(), strict=True)
         return Sampled(token_id, float(raw[token_id] - norm), tuple(pairs))
@@ -208,9 +203,7 @@ def _checked(logits: Tensor) -> Tensor:
     raw = logits.detach().to("cpu", torch.float64)
     largest = float(raw.max())  # NaN if any is
     if math.isnan(largest) or largest == math.inf:
-        raise RunError(
-            f"the model's logits contain {largest}; check the weights, and try the reference backend"
-        )
+        raise RunError(f"the model's logits contain {largest}; check the weights, and try the reference backend")
     if largest == -math.inf:
         raise RunError("every token is forbidden, nothing can be sampled; relax the constraint on the output")
     return raw

@@ -8,18 +8,20 @@ lays a checkpoint out; a link that leads anywhere else is refused. Pickles (`.bi
 
 A header is accepted where safetensors 0.8.0 accepts it, but for these differences, all meant and stricter:
 a tensor or a metadata key given twice; a tensor described by anything but an object of exactly `dtype`,
-`shape` and `data_offsets`; a dtype that is not a plain string. Odd tensor names are sound headers; the loader
-then finds that no model has such a tensor.
+`shape` and `data_offsets`; a dtype that is not a plain string; more than about 250,000 tensors. Odd names of
+tensors are sound headers; the loader then finds that no model has such a tensor.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -46,6 +48,8 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
 MAX_COUNT = 2**64 - 1
+MAX_SEPARATORS = 2_500_000
+"""Colons and commas of a header: about 10 a tensor, and what keeps a hostile one from taking seconds."""
 
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
@@ -63,9 +67,7 @@ _OF_PATTERN = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _UNSAFE = frozenset('/\\:*?"<>|')
 _UNSAFE_FIRST = frozenset(".-~ ")
 _MAX_NUMBERED = 10_000
-_OPEN_FLAGS = os.O_RDONLY | sum(
-    getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW", "O_BINARY")
-)
+_OPEN_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 
 class _Missing(CheckpointError):
@@ -218,6 +220,19 @@ def _read_header(file: BinaryIO, file_bytes: int) -> bytes:
     return header
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A large header is a million small objects, which the garbage collector would walk again and again."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@_collector_paused()
 def parse_header(header: bytes, payload_bytes: int) -> dict[str, HeaderEntry]:
     """The tensors of a header, checked against each other and against the bytes that follow it."""
     fields = _strict_json(header)
@@ -237,11 +252,11 @@ def _is_string_map(value: object) -> bool:
 
 def _strict_json(data: bytes) -> object:
     """JSON as the standard has it: no key twice, no NaN, no half of a surrogate pair."""
+    if data.count(b":") + data.count(b",") > MAX_SEPARATORS:
+        raise CheckpointError(f"holds JSON of more than {MAX_SEPARATORS:,} fields and numbers")
     try:
         text = data.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_natural, parse_constant=_refuse_constant
-        )
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_natural, parse_constant=_refuse_constant)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -331,6 +346,7 @@ def _read_index(root: Path, problems: Problems) -> dict[str, str] | None:
         raise
 
 
+@_collector_paused()
 def _parse_index(path: Path) -> dict[str, str]:
     with open_regular(path) as file:
         data = file.read(MAX_HEADER_BYTES + 1)

@@ -90,9 +90,7 @@ class Tokenizer:
             )
         for token_id in self.eos_token_ids:
             if not 0 <= token_id < rows:
-                raise CheckpointError(
-                    f"eos_token_id is {token_id}, expected 0..{rows - 1}; correct config.json"
-                )
+                raise CheckpointError(f"eos_token_id is {token_id}, expected 0..{rows - 1}; correct config.json")
 
     def encode(self, text: str, *, control: bool = False) -> list[int]:
         """Ids of `text`, nothing added; what spells a control token stays text unless `control` is true."""
@@ -185,9 +183,7 @@ def _tokenizer_file(path: Path) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     document = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(document, dict):
-        raise CheckpointError(
-            f"{file} holds a json {type(document).__name__}, expected an object; download it again"
-        )
+        raise CheckpointError(f"{file} holds a json {type(document).__name__}, expected an object; download it again")
     return document
 
 
@@ -233,9 +229,7 @@ def _eos_token_ids(folder: Path, document: Mapping[str, Any]) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         value = _beside(folder / name).get("eos_token_id")
         if value is not None:
-            with _mapped(
-                CheckpointError, f"{folder / name}: eos_token_id is {value!r}, expected an id or a list"
-            ):
+            with _mapped(CheckpointError, f"{folder / name}: eos_token_id is {value!r}, expected an id or a list"):
                 return [int(token_id) for token_id in (value if isinstance(value, list) else [value])]
     token = _beside(folder / "tokenizer_config.json").get("eos_token")
     spelling = token.get("content") if isinstance(token, dict) else token

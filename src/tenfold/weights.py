@@ -96,9 +96,7 @@ class Weights:
         if item.format is I64:
             data = data.to(torch.int64)
             self._check_ids(name, data)
-        return Weight(
-            name, item.spec.shape, item.format, data, self._view(item.scale) if item.scale else None
-        )
+        return Weight(name, item.spec.shape, item.format, data, self._view(item.scale) if item.scale else None)
 
     def finish(self) -> None:
         """Says that all tensors are bound; one that nobody took is an error."""
@@ -186,9 +184,7 @@ class _Binder:
     problems: Problems
 
     def bind(self, config: ModelConfig) -> dict[str, _Bound]:
-        bound = {
-            spec.name: item for spec in checkpoint.tensors(config) if (item := self._match(spec)) is not None
-        }
+        bound = {spec.name: item for spec in checkpoint.tensors(config) if (item := self._match(spec)) is not None}
         for name, tensor in self.left.items():
             self.problems.add("unexpected tensors", f"{shown(name)} in {shown(tensor.shard)}")
         return bound
@@ -207,9 +203,7 @@ class _Binder:
             return _Bound(spec, formats[0], codes, None)
         return self._match_scaled(spec, codes, formats)
 
-    def _match_scaled(
-        self, spec: TensorSpec, codes: StoredTensor, formats: list[WeightFormat]
-    ) -> _Bound | None:
+    def _match_scaled(self, spec: TensorSpec, codes: StoredTensor, formats: list[WeightFormat]) -> _Bound | None:
         name = spec.scale_name
         scale = self._pop("missing scales", name, f"{name} for the {codes.dtype} of {spec.name}")
         if scale is None:
@@ -229,9 +223,7 @@ class _Binder:
             self.problems.add(kind, detail)
         return found
 
-    def _check_shape(
-        self, what: str, stored: StoredTensor, expected: tuple[int, ...] | None, name: str
-    ) -> None:
+    def _check_shape(self, what: str, stored: StoredTensor, expected: tuple[int, ...] | None, name: str) -> None:
         if stored.shape != expected:
             detail = f"{name} is {list(stored.shape)}, expected {list(expected or ())}"
             self.problems.add(f"{what} of the wrong shape", detail)

@@ -30,9 +30,7 @@ class Binder:
 
     def experts(self, prefix: str, count: int, names: tuple[str, str, str]) -> Experts:
         """The routed experts below `prefix`; `names` are the gate, down and up projection."""
-        gate, down, up = (
-            tuple(self(f"{prefix}{expert}.{name}.weight") for expert in range(count)) for name in names
-        )
+        gate, down, up = (tuple(self(f"{prefix}{expert}.{name}.weight") for expert in range(count)) for name in names)
         return Experts(gate, down, up)
 
     def layout(self, deployed: RowLayout) -> RowLayout:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import F32
-from tenfold.models.blocks import Binder, rope_frequencies, rotate_tail
+from tenfold.models.blocks import Binder, rope_frequencies
 from tenfold.ops import Rows, Weight
 from tenfold.step import Span, Step
 
@@ -55,7 +55,7 @@ class Block:
 
 
 class Attention:
-    """MLA in its absorbed form: queries are carried into the latent space, where one row is key and value (spec 5.2)."""
+    """MLA, absorbed: queries are carried into the latent space, where one row is key and value (spec 5.2)."""
 
     def __init__(self, config: DeepseekV32Config, layer: LayerSpec, bind: Binder, prefix: str) -> None:
         self.config, self.layer, self.ops = config, layer, bind.ops

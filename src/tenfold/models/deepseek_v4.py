@@ -5,6 +5,8 @@ Attribute names are the checkpoint's tensor names. Knows nothing of sessions bey
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,12 @@ class DeepseekV4:
         for block in self.blocks:
             h = block.forward(h, step)
         x = ops.hc_collapse(
-            h[step.wanted], self.hc_head_fn, self.hc_head_base, self.hc_head_scale, norm_eps=c.rms_norm_eps, eps=c.hc_eps
+            h[step.wanted],
+            self.hc_head_fn,
+            self.hc_head_base,
+            self.hc_head_scale,
+            norm_eps=c.rms_norm_eps,
+            eps=c.hc_eps,
         )
         return ops.linear(ops.rms_norm(x, self.norm, c.rms_norm_eps), self.head)
 
@@ -75,7 +82,13 @@ class HyperConnection:
     def mix(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         return self.ops.hc_mix(
-            h, self.fn, self.base, self.scale, norm_eps=c.rms_norm_eps, eps=c.hc_eps, iterations=c.hc_sinkhorn_iters
+            h,
+            self.fn,
+            self.base,
+            self.scale,
+            norm_eps=c.rms_norm_eps,
+            eps=c.hc_eps,
+            iterations=c.hc_sinkhorn_iters,
         )
 
 
@@ -108,13 +121,10 @@ class Attention:
         rows = ops.pack_rows(rotate_tail(ops, kv, step.positions, self.frequencies), self.layout)
         if self.compressor is not None:
             self.compressor.append(x, step)
-        chosen = None if self.indexer is None else self.indexer.select(x, q_latent, step)
-        out = torch.cat(
-            [self._attend(q[s.rows], rows[s.rows], s, None if chosen is None else chosen[i])
-             for i, s in enumerate(step.spans)]
-        )  # fmt: skip
+        chosen = [None] * len(step.spans) if self.indexer is None else self.indexer.select(x, q_latent, step)
+        outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i]) for i, s in enumerate(step.spans)]
         # Values were stored rotated, so each output is turned back by its query's position.
-        out = rotate_tail(ops, out, step.positions, self.frequencies, inverse=True)
+        out = rotate_tail(ops, torch.cat(outs), step.positions, self.frequencies, inverse=True)
         return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
 
     def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor | None) -> Tensor:
@@ -183,7 +193,7 @@ class Indexer:
         self.wq_b, self.weights_proj = bind(prefix + "wq_b.weight"), bind(prefix + "weights_proj.weight")
         self.compressor = Compressor(config, layer, bind, prefix + "compressor.", "index_keys", "index_state")
 
-    def select(self, x: Tensor, q_latent: Tensor, step: Step) -> list[Tensor]:
+    def select(self, x: Tensor, q_latent: Tensor, step: Step) -> Sequence[Tensor | None]:
         """New keys enter the streams; then int32 [tokens, up to index_topk] rows for each span, -1 = none."""
         c, ops, compressor = self.config, self.ops, self.compressor
         compressor.append(x, step)

@@ -53,6 +53,13 @@ class Rows:
     stop: Tensor | None = None
     index: Tensor | None = None
 
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Start and stop of each query's rows, where no index lists them."""
+        assert self.start is not None
+        assert self.stop is not None
+        return self.start, self.stop
+
 
 class Ops(Protocol):
     """The operations of a backend. Activations are float32; n counts tokens, or rows, and may be 0."""
@@ -76,7 +83,13 @@ class Ops(Protocol):
         """x [..., width] -> (x - mean) * rsqrt(variance + eps) * weight + bias."""
 
     def rope(
-        self, x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False, interleaved: bool = True
+        self,
+        x: Tensor,
+        positions: Tensor,
+        frequencies: Tensor,
+        *,
+        inverse: bool = False,
+        interleaved: bool = True,
     ) -> Tensor:
         """Rotates x [n, ..., dim] by positions [n] times frequencies [dim / 2]; pairs (2i, 2i+1) or (i, i + dim/2)."""
 
@@ -84,7 +97,15 @@ class Ops(Protocol):
         """x [..., power of two] times the orthonormal Sylvester-Hadamard matrix."""
 
     def hc_mix(
-        self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float, iterations: int
+        self,
+        streams: Tensor,
+        fn: Weight,
+        base: Weight,
+        scale: Weight,
+        *,
+        norm_eps: float,
+        eps: float,
+        iterations: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """streams [n, m, d] -> sub-layer input [n, d], post [n, m], combination [n, m, m] (spec 2.1)."""
 
@@ -120,7 +141,13 @@ class Ops(Protocol):
         """
 
     def sparse_attention(
-        self, q: Tensor, sources: Sequence[Rows], sink: Weight | None, scale: float, value_dim: int, position: int
+        self,
+        q: Tensor,
+        sources: Sequence[Rows],
+        sink: Weight | None,
+        scale: float,
+        value_dim: int,
+        position: int,
     ) -> Tensor:
         """One softmax over all rows of all sources -> [n, heads, value_dim] (spec 2.6).
 
@@ -144,7 +171,14 @@ class Ops(Protocol):
         """x [n, d] -> expert ids int64 [n, topk] and weights [n, topk]; `chosen` gives the ids (hash routing)."""
 
     def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, *, limit: float | None, weigh_first: bool
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        bank: Experts,
+        *,
+        limit: float | None,
+        weigh_first: bool,
     ) -> Tensor:
         """Sum over the chosen experts -> [n, d]; `limit` clamps as in spec 2.7, `weigh_first` weighs before w2."""
 

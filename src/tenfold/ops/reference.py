@@ -8,7 +8,8 @@ are spelt out, since torch's own round differently at the end of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
@@ -154,7 +155,7 @@ def _hadamard_matrix(width: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < width:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix * float(width) ** -0.5
+    return matrix / math.sqrt(width)
 
 
 # ---------------------------------------------------------------------------------------------- hyper-connections
@@ -261,7 +262,15 @@ def e2m1_codes(x: Tensor) -> Tensor:
     """Nearest e2m1 code of numbers within +-6, ties to the even code; uint8, one code a byte."""
     size = x.abs()
     code = torch.signbit(x).to(torch.uint8) << 3
-    for tie, goes_up in ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5, False)):
+    for tie, goes_up in (
+        (0.25, False),
+        (0.75, True),
+        (1.25, False),
+        (1.75, True),
+        (2.5, False),
+        (3.5, True),
+        (5, False),
+    ):
         code += size >= tie if goes_up else size > tie
     return code
 
@@ -289,55 +298,52 @@ def _row_scales(packed: Tensor, layout: RowLayout) -> Tensor:
 # ---------------------------------------------------------------------------------------------- index, attention
 
 
-_NOT_VISIBLE = torch.iinfo(torch.int64).min
-
-
 def select_rows(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, topk: int) -> Tensor:
     n, heads, _ = q.shape
     most = int(visible.max()) if n else 0
     width = min(topk, most)
-    tile_rows = min(max(most, 1), 4096)
-    tile = max(1, _TILE_NUMBERS // (heads * tile_rows))
-    parts = [
-        _best_rows(q[i : i + tile], weights[i : i + tile], keys[:most], layout, visible[i : i + tile], width, tile_rows)
-        for i in range(0, n, tile)
-    ]
+    tile = max(1, _TILE_NUMBERS // max(most, heads * _BLOCK_ROWS))
+    parts = [_best_rows(q[i : i + tile], weights[i : i + tile], keys, layout, visible[i : i + tile], width)
+             for i in range(0, n, tile)]  # fmt: skip
     return torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.int32)
 
 
-def _best_rows(
-    q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, width: int, tile_rows: int
-) -> Tensor:
-    """Running top-k over tiles of keys; no scores are kept beyond a tile."""
-    best = torch.empty(q.shape[0], 0, dtype=torch.int64)
-    for first in range(0, keys.shape[0], tile_rows):
-        dense = unpack_rows(keys[first : first + tile_rows], layout)
-        rows = torch.arange(first, first + dense.shape[0])
-        ranked = _ranked(_index_scores(q, weights, dense), rows)
-        ranked.masked_fill_(rows >= visible[:, None], _NOT_VISIBLE)
-        merged = torch.cat([best, ranked], 1)
-        best = merged.topk(min(width, merged.shape[1]), dim=1, sorted=False).values
-    return _ascending(best)
+def _best_rows(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, width: int) -> Tensor:
+    """The selection of a few queries, whose scores over all rows are kept at once."""
+    most = int(visible.max())
+    if most <= width:  # all that is visible is selected: no scores are needed
+        rows = torch.arange(width, dtype=torch.int32)
+        return torch.where(rows < visible[:, None], rows, -1)
+    scores = torch.empty(q.shape[0], most)
+    step = max(_BLOCK_ROWS, _TILE_NUMBERS // (q.shape[0] * q.shape[1]))
+    for first in range(0, most, step):
+        dense = unpack_rows(keys[first : min(first + step, most)], layout)
+        scores[:, first : first + step] = _index_scores(q, weights, dense)
+    scores.masked_fill_(torch.arange(most) >= visible[:, None], -torch.inf)
+    return _ascending(scores, visible, _largest(scores, width))
 
 
 def _index_scores(q: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
     """ReLU first, then the weight, then the sum over heads: [n, rows]."""
     n, heads, dim = q.shape
     scores = _matmul(q.reshape(n * heads, dim), dense).view(n, heads, -1).relu_()
-    return (scores * weights[:, :, None]).sum(1)
+    return _batched_matmul(weights[:, None], scores)[:, 0]
 
 
-def _ranked(scores: Tensor, rows: Tensor) -> Tensor:
-    """One int64 that orders by score, then by the smaller row: the score's bits made monotone above the row."""
-    bits = (scores + 0.0).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (0xFFFFFFFF - rows)
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest of each row, int64 [n, k] in any order; of equal ones the smaller column wins."""
+    values, columns = scores.topk(k + 1, dim=1)
+    tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
+    if tied.numel():
+        columns[tied, :k] = _top(scores[tied], k)
+    return columns[:, :k]
 
 
-def _ascending(best: Tensor) -> Tensor:
-    rows = 0xFFFFFFFF - (best & 0xFFFFFFFF)
-    rows = torch.where(best == _NOT_VISIBLE, torch.iinfo(torch.int32).max, rows).sort(1).values
-    return torch.where(rows == torch.iinfo(torch.int32).max, -1, rows).int()
+def _ascending(scores: Tensor, visible: Tensor, columns: Tensor) -> Tensor:
+    """The columns in order, int32; -1 at the end for those not visible."""
+    none = scores.shape[1]
+    rows = torch.where(columns < visible[:, None], columns, none).int().sort(1).values
+    return torch.where(rows == none, -1, rows)
 
 
 def sparse_attention(
@@ -350,50 +356,52 @@ def sparse_attention(
     parts = []
     for first in range(0, n, tile):
         span = slice(first, min(first + tile, n))
-        gathered = [_gather(source, span) for source in sources]
-        rows = torch.cat([dense for dense, _ in gathered], 1)
-        hidden = torch.cat([mask for _, mask in gathered], 1)
-        parts.append(_attend(q[span], rows, hidden, sinks, scale, value_dim))
+        blocks = [block for source in sources for block in _gathered_blocks(source, span)]
+        parts.append(_attend(q[span] * scale, blocks, sinks, value_dim))
     return torch.cat(parts) if parts else q.new_empty(0, heads, value_dim)
 
 
 def _num_columns(source: Rows) -> int:
     if source.index is not None:
         return source.index.shape[1]
-    assert source.start is not None and source.stop is not None
-    return int((source.stop - source.start).max()) if source.start.numel() else 0
+    start, stop = source.bounds
+    return int((stop - start).max()) if start.numel() else 0
 
 
-def _gather(source: Rows, span: slice) -> tuple[Tensor, Tensor]:
-    """The rows each query of the span sees, float32 [n, columns, width], and where there is none [n, columns]."""
+def _gathered_blocks(source: Rows, span: slice) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows each query of the span sees, float32 [n, block, width], and where there is none [n, block]."""
     if source.index is not None:
         index = source.index[span].long()
         index = index[:, : int((index >= 0).sum(1).max())]
     else:
-        assert source.start is not None and source.stop is not None
-        start, stop = source.start[span], source.stop[span]
+        start, stop = (bound[span] for bound in source.bounds)
         index = start[:, None] + torch.arange(int((stop - start).max()))
         index = torch.where(index < stop[:, None], index, -1)
     index = functional.pad(index, (0, -index.shape[1] % _BLOCK_ROWS), value=-1)
-    hidden = index < 0
     needed, place = index.clamp(min=0).unique(return_inverse=True)
-    if needed.numel() == 0 or source.packed.shape[0] == 0:
-        return torch.zeros(*index.shape, source.layout.width), hidden
-    return unpack_rows(source.packed[needed], source.layout)[place], hidden
+    if source.packed.shape[0] == 0:
+        return
+    dense = unpack_rows(source.packed[needed], source.layout)
+    for first in range(0, index.shape[1], _BLOCK_ROWS):
+        columns = slice(first, first + _BLOCK_ROWS)
+        yield dense[place[:, columns]], index[:, columns] < 0
 
 
-def _attend(q: Tensor, rows: Tensor, hidden: Tensor, sinks: Tensor, scale: float, value_dim: int) -> Tensor:
-    """Softmax over rows [n, columns, width] and the sink, which has a share but no value -> [n, heads, value_dim]."""
-    blocks = rows.split(_BLOCK_ROWS, dim=1)
-    scores = torch.cat([_batched_matmul(q * scale, block.transpose(1, 2)) for block in blocks], dim=2)
-    scores = scores.masked_fill(hidden[:, None], -torch.inf)
-    top = torch.maximum(scores.amax(-1), sinks)[:, :, None]
-    total = (sinks[:, None] - top).exp()
+def _attend(q: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], sinks: Tensor, value_dim: int) -> Tensor:
+    """Softmax over all rows and the sink, which has a share but no value -> [n, heads, value_dim]."""
+    scores = [
+        _batched_matmul(q, rows.transpose(1, 2)).masked_fill_(hidden[:, None], -torch.inf) for rows, hidden in blocks
+    ]
+    top = sinks.expand(q.shape[:2])
+    for block in scores:
+        top = torch.maximum(top, block.amax(-1))
+    total = (sinks - top).exp()
     values = torch.zeros(*q.shape[:2], value_dim)
-    for block, share in zip(blocks, (scores - top).exp().split(_BLOCK_ROWS, dim=2), strict=True):
-        total = total + share.sum(-1, keepdim=True)
-        values = values + _batched_matmul(share, block[..., :value_dim])
-    return values / total
+    for block, (rows, _) in zip(scores, blocks, strict=True):
+        share = block.sub_(top[:, :, None]).exp_()
+        total = total + share.sum(-1)
+        values += _batched_matmul(share, rows[..., :value_dim])
+    return values / total[:, :, None]
 
 
 # ---------------------------------------------------------------------------------------------- experts
@@ -443,11 +451,8 @@ def experts(
         token, place = (ids == expert).nonzero(as_tuple=True)
         weight = weights[token, place][:, None]
         inner = _gated(x[token], bank.w1[expert], bank.w3[expert], limit)
-        if weigh_first:
-            y = linear(inner * weight, bank.w2[expert])
-        else:
-            y = linear(inner, bank.w2[expert]) * weight
-        total.index_add_(0, token, y)
+        y = linear(inner * weight if weigh_first else inner, bank.w2[expert])
+        total.index_add_(0, token, y if weigh_first else y * weight)
     return total
 
 

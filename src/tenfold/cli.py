@@ -1,0 +1,421 @@
+"""The command line: each verb parses, calls and shows. The work lives elsewhere.
+
+Data goes to stdout, talk to stderr; `--json` prints one object. Exit codes: 0, 1 failed, 2 wrong usage or
+input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, cast
+
+import typer
+
+from tenfold.errors import InputError, TenfoldError, UsageError
+
+if TYPE_CHECKING:
+    from tenfold.chat import Profile
+    from tenfold.completion import Completion
+    from tenfold.engine import Engine, Session
+    from tenfold.sampler import SamplingParams
+    from tenfold.terminal import ReadingClock
+    from tenfold.tokenizer import Tokenizer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Read a million tokens with DeepSeek V4 on your own hardware.",
+)
+
+P = ParamSpec("P")
+
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or the embedded model tiny-v4-flash.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Backend = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
+Numerics = Annotated[str, typer.Option(help="deployed: KV and index keys quantised as trained for; exact: neither.")]
+Memory = Annotated[str | None, typer.Option(help="Memory budget, such as 12G (default: half of what is free).")]
+Context = Annotated[int | None, typer.Option(help="Tokens the session may hold (default: the model's context).")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option()]
+TopK = Annotated[int, typer.Option(help="0 is off.")]
+MinP = Annotated[float, typer.Option(help="0 is off.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="Chat grammar: preview, official, v3.2 or plain.")]
+Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="Reason before the answer.")]
+Effort = Annotated[str | None, typer.Option(help="Reasoning effort: low, high or max.")]
+
+
+def main() -> NoReturn:
+    """The entry point of the `tenfold` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        os._exit(130)  # while Python itself was still starting or ending
+    sys.exit(0)
+
+
+def reported(verb: Callable[P, None]) -> Callable[P, None]:
+    """Turns what goes wrong in a verb into one sentence on stderr and its exit code."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            verb(*args, **kwargs)
+        except TenfoldError as exc:
+            typer.echo(f"error: {exc}", err=True)
+            raise typer.Exit(exc.exit_code) from exc
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; stay silent at exit
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from tenfold import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")] = False,
+) -> None:
+    """Read a million tokens with DeepSeek V4 on your own hardware."""
+
+
+@app.command()
+@reported
+def run(
+    model: Model,
+    question: Annotated[str | None, typer.Argument(help="What to ask; with --file or stdin, about that text.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text to read first; - is stdin.")] = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    profile: ProfileName = None,
+    thinking: Thinking = None,
+    effort: Effort = None,
+    context: Context = None,
+    backend: Backend = "auto",
+    numerics: Numerics = "deployed",
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Read a text, answer a question about it."""
+    prompt = _prompt(question, file)
+    params = _sampling(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    talk = _open(model, backend, numerics, memory, context, profile)
+    ids = talk.render([{"role": "user", "content": prompt}], thinking=thinking, effort=effort)
+    clock = talk.read(ids)
+    completion = talk.complete(params, thinking, show=not as_json)
+    if as_json:
+        _print_json(talk.report(completion, clock, len(ids)))
+    else:
+        _print_summary(talk.report(completion, clock, len(ids)))
+
+
+@app.command()
+@reported
+def chat(
+    model: Model,
+    max_tokens: MaxTokens = 4096,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    profile: ProfileName = None,
+    thinking: Thinking = None,
+    effort: Effort = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    context: Context = None,
+    backend: Backend = "auto",
+    numerics: Numerics = "deployed",
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model; each line is a message, an empty line or Ctrl-D ends."""
+    params = _sampling(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    talk = _open(model, backend, numerics, memory, context, profile)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    while (line := _ask(quiet=as_json)) is not None:
+        messages.append({"role": "user", "content": line})
+        ids = talk.render(messages, thinking=thinking, effort=effort)
+        clock = talk.read(ids)
+        completion = talk.complete(params, thinking, show=not as_json)
+        messages.append(talk.message)
+        if as_json:
+            _print_json(talk.report(completion, clock, len(ids)))
+
+
+@app.command()
+@reported
+def inspect(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, embedded model, or preset: v4-flash, v4-pro, v3.2.")],
+    context: Annotated[list[int] | None, typer.Option(help="Show KV bytes at this length; may be repeated.")] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show architecture, parameters, tensors, formats, streams and KV bytes of a model."""
+    from tenfold import config as configuration
+    from tenfold import inspection, weights
+
+    wrong = [length for length in context or [] if not 1 <= length <= 1 << 40]
+    if wrong:
+        raise UsageError(f"--context is {wrong[0]}, expected a number of tokens from 1")
+    config = configuration.load(model)
+    found = inspection.describe(config, context or inspection.CONTEXTS)
+    if model not in configuration.PRESETS or Path(model).is_dir():
+        opened = weights.open_weights(configuration.locate(model), config)
+        found["formats"] = inspection.formats_of(opened)
+        if tensors:
+            found["tensors"] = [
+                {"name": t.name, "shape": list(t.shape), "format": t.format, "bytes": t.num_bytes, "shard": t.shard}
+                for t in opened
+            ]
+    if as_json:
+        _print_json(found)
+    else:
+        from tenfold import views
+
+        views.show_inspection(model, found)
+
+
+@app.command()
+@reported
+def doctor(as_json: Json = False) -> None:
+    """Show what works on this machine, what is missing, and the command that mends it."""
+    import torch  # noqa: F401  the native library takes its threads from torch
+
+    from tenfold import doctor as examination
+    from tenfold import views
+
+    found = examination.examine()
+    if as_json:
+        _print_json(found)
+    else:
+        views.show_doctor(found)
+    if any(check["state"] == "broken" for check in found["checks"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
+def synth(
+    preset: Annotated[str, typer.Argument(help="v4-flash, v4-pro, v3.2, or a checkpoint folder to imitate.")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder to write to.")],
+    layers: Annotated[int | None, typer.Option(help="Fewer layers, in the preset's pattern.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="A smaller hidden size.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Fewer routed experts.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="A smaller vocabulary.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any integer field: NAME=VALUE; repeatable.")] = None,
+    fmt: Annotated[str, typer.Option("--format", help="official, bf16 or f32.")] = "official",
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a random checkpoint in the official layout, at any size."""
+    from tenfold import synth as making
+    from tenfold import views
+
+    config = making.shrink(preset, layers=layers, hidden=hidden, experts=experts, vocab=vocab, **_fields(set_))
+    with views.writing(quiet=as_json) as progress:
+        written = making.synth(config, folder, seed=seed, fmt=cast("making.Fmt", fmt), progress=progress)
+    found = {
+        "folder": str(folder),
+        "tensors": written.num_tensors,
+        "shards": written.num_shards,
+        "bytes": written.payload_bytes,
+    }
+    if as_json:
+        _print_json(found)
+    else:
+        views.show_written(found)
+
+
+@app.command()
+@reported
+def demo(
+    file: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded one.")] = None,
+    max_tokens: MaxTokens = 80,
+    seed: Annotated[int, typer.Option()] = 1,
+    as_json: Json = False,
+) -> None:
+    """Read a real document with the embedded V4 model, go on with it, and compare with V3.2's architecture."""
+    from tenfold import demo as showing
+
+    text = None if file is None else _read_file(file)
+    found = showing.show(text, max_tokens=max_tokens, seed=seed, quiet=as_json)
+    if as_json:
+        _print_json(found)
+
+
+class _Talk:
+    """An engine with one session, its tokenizer and its chat grammar."""
+
+    def __init__(self, engine: Engine, session: Session, tokenizer: Tokenizer, profile: Profile) -> None:
+        self.engine, self.session, self.tokenizer, self.profile = engine, session, tokenizer, profile
+        self.message: dict[str, Any] = {}
+        self.decode_s = 0.0
+        self.reused_tokens = 0
+
+    def render(self, messages: list[dict[str, Any]], *, thinking: bool | None, effort: str | None) -> list[int]:
+        from tenfold.chat import render_ids
+
+        return render_ids(messages, self.profile, self.tokenizer, thinking=thinking, effort=effort)
+
+    def read(self, ids: list[int]) -> ReadingClock:
+        """Brings the session to `ids`, with a progress bar."""
+        from tenfold import completion, terminal
+
+        with terminal.reading(len(ids)) as clock:
+            self.reused_tokens = completion.read(self.session, ids, progress=clock.advance)
+        return clock
+
+    def complete(self, params: SamplingParams, thinking: bool | None, *, show: bool) -> Completion:
+        """Samples an answer; with `show`, prints it as it comes."""
+        from tenfold import views
+        from tenfold.chat import Parser, message_of
+        from tenfold.completion import Completion
+
+        completion = Completion(self.session, self.tokenizer, Parser(self.profile, thinking), params)
+        began = time.monotonic()
+        events = []
+        for event in completion:
+            events.append(event)
+            if show:
+                views.show_event(event)
+        if show:
+            typer.echo()
+        self.decode_s = time.monotonic() - began
+        self.message = message_of(events)
+        return completion
+
+    def report(self, completion: Completion, clock: ReadingClock, num_prompt_tokens: int) -> dict[str, Any]:
+        """All that `--json` tells of one answer."""
+        tokens = len(completion.sampled)
+        return {
+            "message": self.message,
+            "finish_reason": completion.finish_reason,
+            "stop": completion.matched_stop,
+            "prompt_tokens": num_prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "completion_tokens": tokens,
+            "prefill_s": round(clock.elapsed_s, 3),
+            "prefill_tps": round(clock.tokens_per_s, 2),
+            "decode_s": round(self.decode_s, 3),
+            "decode_tps": round(tokens / self.decode_s, 2) if self.decode_s else 0.0,
+            "kv_bytes": self.session.kv_bytes(),
+            "backend": self.engine.backend,
+            "numerics": "exact" if self.engine.exact else "deployed",
+            "profile": str(self.profile),
+        }
+
+
+def _open(
+    model: str, backend: str, numerics: str, memory: str | None, context: int | None, profile: str | None
+) -> _Talk:
+    from tenfold import completion
+    from tenfold import config as configuration
+    from tenfold.engine import Engine, checked_numerics
+
+    engine = Engine.load(model, backend=backend, numerics=checked_numerics(numerics), memory=memory)
+    folder = configuration.locate(model)
+    tokenizer = completion.load_tokenizer(folder, engine)
+    grammar = completion.profile_of(folder, engine, profile)
+    return _Talk(engine, engine.session(context), tokenizer, grammar)
+
+
+def _sampling(
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    stop: list[str] | None,
+) -> SamplingParams:
+    from tenfold.sampler import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+
+
+def _prompt(question: str | None, file: Path | None) -> str:
+    """The text to read, then the question; text comes from --file, or from stdin where it is not a terminal."""
+    if file is None and question is None and sys.stdin.isatty():
+        raise UsageError("nothing to read: give a question, --file PATH, or text on stdin")
+    text = None
+    if file is not None:
+        text = _read_file(file)
+    elif question is None:
+        text = _read_file(Path("-"))
+    return "\n\n".join(part for part in (text, question) if part)
+
+
+def _read_file(path: Path) -> str:
+    from tenfold.completion import read_text
+
+    if str(path) == "-":
+        return read_text(sys.stdin.buffer.read(), "stdin")
+    try:
+        content = path.read_bytes()
+    except OSError as exc:
+        raise InputError(f"{path} cannot be read: {exc.strerror or exc}; check the path") from None
+    return read_text(content, str(path))
+
+
+def _ask(*, quiet: bool) -> str | None:
+    """The next line of the user, None at the end."""
+    if not quiet and sys.stdin.isatty():
+        typer.echo("> ", err=True, nl=False)
+    line = sys.stdin.readline().strip()
+    return line or None
+
+
+def _fields(assignments: list[str] | None) -> dict[str, int]:
+    """NAME=VALUE pairs as integers."""
+    fields = {}
+    for assignment in assignments or []:
+        name, _, value = assignment.partition("=")
+        if not value.lstrip("-").isdigit():
+            raise UsageError(f"--set is {assignment!r}, expected NAME=INTEGER such as index_topk=64")
+        fields[name] = int(value)
+    return fields
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    typer.echo(json.dumps(found, ensure_ascii=False))
+
+
+def _print_summary(report: dict[str, Any]) -> None:
+    from tenfold import views
+
+    views.show_summary(report)

@@ -1,0 +1,77 @@
+"""What works on this machine, what is missing, and the command that mends it. Measures no speed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tenfold import _native
+from tenfold.errors import TenfoldError
+from tenfold.machine import Machine, this_machine
+
+__all__ = ["Check", "examine"]
+
+_REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "deepseek-recipe", "huggingface_hub", "typer", "rich")
+_EXTRAS = {"serve": ("fastapi", "uvicorn", "llguidance"), "gpu": ("triton",), "test": ("pytest", "transformers")}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding: `state` is ok, missing (an optional part) or broken; `mend` is the command to run."""
+
+    name: str
+    state: str
+    detail: str
+    mend: str = ""
+
+
+def examine() -> dict[str, Any]:
+    """The machine and all checks, as plain data."""
+    machine = this_machine()
+    checks = [_python(), *_packages(), _kernels(), *_backends(machine)]
+    return {"machine": asdict(machine), "checks": [asdict(check) for check in checks]}
+
+
+def _python() -> Check:
+    return Check("python", "ok", platform.python_version())
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for name in _REQUIRED:
+        version = _version(name)
+        mend = "" if version else "pip install -c constraints.txt -e ."
+        checks.append(Check(name, "ok" if version else "broken", version or "not installed", mend))
+    for extra, names in _EXTRAS.items():
+        absent = [name for name in names if _version(name) is None]
+        detail = f"without {', '.join(absent)}" if absent else ", ".join(f"{n} {_version(n)}" for n in names)
+        mend = f"pip install -c constraints.txt -e '.[{extra}]'" if absent else ""
+        checks.append(Check(f"extra {extra}", "missing" if absent else "ok", detail, mend))
+    return checks
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _kernels() -> Check:
+    """The native library: built, loadable, and the instruction set it would use."""
+    try:
+        chosen, available = _native.isa(), _native.available_isas()
+    except TenfoldError as exc:
+        return Check("native kernels", "broken", str(exc), "pip install -e .")
+    return Check("native kernels", "ok", f"{chosen} (this machine can run {', '.join(available)})")
+
+
+def _backends(machine: Machine) -> list[Check]:
+    gpus = ", ".join(gpu.name for gpu in machine.gpus) or "no GPU found"
+    return [
+        Check("backend reference", "ok", "plain torch, float32; what `auto` chooses"),
+        Check("backend cpu", "missing", "not part of this version"),
+        Check("backend triton", "missing", f"not part of this version; {gpus}"),
+    ]

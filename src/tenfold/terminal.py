@@ -1,0 +1,115 @@
+"""What people see: progress with a truthful ETA, tables, sizes. Data goes to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+__all__ = ["ReadingClock", "about", "bytes_text", "duration_text", "out", "reading", "table", "talk"]
+
+out = Console(highlight=False)
+talk = Console(stderr=True, highlight=False)
+
+
+def bytes_text(count: float) -> str:
+    """Decimal units, as the paper counts: 3.53 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+class ReadingClock:
+    """Time a prompt still needs, from the time its chunks took.
+
+    A token at position p costs a + b p, since attention grows with what was read; a and b are fitted to the
+    chunks so far by least squares, b never below zero. The ETA is the sum over the tokens that remain.
+    """
+
+    def __init__(self, total: int, show: Callable[[ReadingClock], None] | None = None) -> None:
+        self.total, self.done = total, 0
+        self._show = show
+        self._began = self._last = time.monotonic()
+        self._chunks: list[tuple[float, float, float]] = []  # middle position, seconds a token, tokens
+
+    def advance(self, done: int) -> None:
+        """Says that the first `done` tokens are read."""
+        now, tokens = time.monotonic(), done - self.done
+        if tokens > 0:
+            self._chunks.append(((self.done + done) / 2, (now - self._last) / tokens, tokens))
+        self.done, self._last = done, now
+        if self._show is not None:
+            self._show(self)
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._last - self._began
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all that was read."""
+        return self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds the remaining tokens need; None before the first chunk is done."""
+        if not self._chunks:
+            return None
+        base, slope = self._cost()
+        remaining = self.total - self.done
+        return remaining * (base + slope * (self.done + remaining / 2))
+
+    def _cost(self) -> tuple[float, float]:
+        weight = sum(n for _, _, n in self._chunks)
+        mean_p = sum(p * n for p, _, n in self._chunks) / weight
+        mean_t = sum(t * n for _, t, n in self._chunks) / weight
+        spread = sum(n * (p - mean_p) ** 2 for p, _, n in self._chunks)
+        common = sum(n * (p - mean_p) * (t - mean_t) for p, t, n in self._chunks)
+        slope = max(0.0, common / spread) if spread > 0 else 0.0
+        return mean_t - slope * mean_p, slope
+
+
+@contextmanager
+def reading(total: int, label: str = "reading") -> Iterator[ReadingClock]:
+    """A progress bar on stderr with tokens/s and ETA; `advance` of the clock it yields moves the bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens  {task.fields[speed]}"),
+    )
+    with Progress(*columns, console=talk) as progress:
+        task = progress.add_task(label, total=total, speed="")
+        yield ReadingClock(total, lambda clock: progress.update(task, completed=clock.done, speed=about(clock)))
+
+
+def about(clock: ReadingClock) -> str:
+    """Speed and time left, in words."""
+    if clock.eta_s is None:
+        return ""
+    left = f"{duration_text(clock.eta_s)} left" if clock.done < clock.total else duration_text(clock.elapsed_s)
+    return f"{clock.tokens_per_s:,.0f} tokens/s  {left}"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table; the first column is text, the others are figures."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made

@@ -1,0 +1,123 @@
+"""How findings look on a terminal: tables for people. Decides nothing and measures nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tenfold.chat import Event
+from tenfold.terminal import bytes_text, duration_text, out, table, talk
+
+__all__ = ["show_doctor", "show_event", "show_inspection", "show_summary", "show_written", "writing"]
+
+
+def show_event(event: Event) -> None:
+    """A piece of an answer: reasoning goes to stderr, content and tool calls to stdout."""
+    if event.kind == "reasoning":
+        talk.print(event.text, end="", style="dim", markup=False, soft_wrap=True)
+        return
+    text = f"\n{event.name}(" if event.kind == "tool_call" and event.name else ""
+    sys.stdout.write(text + event.text)
+    sys.stdout.flush()
+
+
+def show_summary(report: Mapping[str, Any]) -> None:
+    """One line on stderr about a finished answer."""
+    kv_bytes = sum(report["kv_bytes"].values())
+    talk.print(
+        f"read {report['prompt_tokens'] - report['reused_tokens']:,} tokens in {duration_text(report['prefill_s'])}"
+        f" ({report['prefill_tps']:,.0f} tokens/s), wrote {report['completion_tokens']:,}"
+        f" in {duration_text(report['decode_s'])} ({report['decode_tps']:,.1f} tokens/s, {report['finish_reason']});"
+        f" KV {bytes_text(kv_bytes)}; backend {report['backend']}",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def show_inspection(model: str, found: Mapping[str, Any]) -> None:
+    """The tables of `tenfold inspect`."""
+    _show_architecture(model, found)
+    counts = found["parameters"]["by_component"]
+    rows = [(name, f"{count:,}") for name, count in sorted(counts.items(), key=lambda item: -item[1])]
+    out.print(table("Parameters", ("component", "parameters"), rows))
+    if "formats" in found:
+        rows_f = [
+            (row["format"], f"{row['tensors']:,}", f"{row['parameters']:,}", bytes_text(row["bytes"]))
+            for row in found["formats"]
+        ]
+        out.print(table("Stored formats", ("format", "tensors", "parameters", "bytes"), rows_f))
+    for tensor in found.get("tensors", ()):
+        out.print(f"{tensor['name']}  {tensor['shape']}  {tensor['format']}  {tensor['bytes']:,} B  {tensor['shard']}",
+                  soft_wrap=True)  # fmt: skip
+    _show_streams(found)
+
+
+def _show_architecture(model: str, found: Mapping[str, Any]) -> None:
+    parameters = found["parameters"]
+    layers = ", ".join(f"{count} {kind}" for kind, count in found["layer_kinds"].items())
+    routers = ", ".join(f"{count} {kind}" for kind, count in found["router_kinds"].items())
+    rows = (
+        ("architecture", found["architecture"]),
+        ("parameters", f"{parameters['total'] / 1e9:,.3f} B, {parameters['active'] / 1e9:,.3f} B active"),
+        ("layers", f"{found['layers']} ({layers}; routers: {routers})"),
+        ("hidden size", f"{found['hidden_size']:,}"),
+        ("experts", f"{found['experts']['routed']} routed, {found['experts']['active']} active, 1 shared"),
+        ("context", f"{found['context']:,} tokens"),
+        ("draft head", f"{found['draft_head']}" + ("" if found["draft_head"] == "none" else " (left aside)")),
+        ("official size", bytes_text(found["official_bytes"])),
+    )
+    for name, value in rows:
+        out.print(f"{name:<14}{value}", soft_wrap=True)
+
+
+def _show_streams(found: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            row["component"],
+            row["layout"],
+            str(row["layers"]),
+            f"{row['row_bytes']:,}",
+            f"a row every {row['tokens_per_row']}" if row["tokens_per_row"] else f"{row['fixed_rows']} rows",
+        )
+        for row in found["streams"]
+    ]
+    out.print(table("Streams of a session", ("component", "layout", "layers", "B/row", "tokens"), rows))
+    contexts = list(found["kv_bytes"])
+    components = sorted({name for parts in found["kv_bytes"].values() for name in parts})
+    rows_kv = [(name, *(f"{found['kv_bytes'][context].get(name, 0):,}" for context in contexts)) for name in components]
+    rows_kv.append(("total", *(f"{sum(found['kv_bytes'][context].values()):,}" for context in contexts)))
+    title = f"KV bytes at a context of ... tokens ({found['kv_bytes_per_token']:,.2f} B per further token)"
+    out.print(table(title, ("component", *(f"{int(context):,}" for context in contexts)), rows_kv))
+
+
+def show_doctor(found: Mapping[str, Any]) -> None:
+    """The machine, then one line a check, with the command that mends it."""
+    machine = found["machine"]
+    out.print(f"{machine['cpu_model']}: {machine['physical_cores']} cores ({machine['usable_cores']} usable), "
+              f"{', '.join(machine['isas']) or 'no known instruction set'}", soft_wrap=True)  # fmt: skip
+    out.print(f"RAM {bytes_text(machine['ram_total_bytes'])}, {bytes_text(machine['ram_available_bytes'])} available; "
+              f"disk {bytes_text(machine['disk_free_bytes'])} free", soft_wrap=True)  # fmt: skip
+    for check in found["checks"]:
+        out.print(f"{check['state']:<8} {check['name']:<18} {check['detail']}", soft_wrap=True)
+        if check["mend"]:
+            out.print(f"{'':<28}hint: {check['mend']}", soft_wrap=True, markup=False)
+
+
+def show_written(found: Mapping[str, Any]) -> None:
+    out.print(f"wrote {found['tensors']:,} tensors, {bytes_text(found['bytes'])}, to {found['folder']}", soft_wrap=True)
+
+
+@contextmanager
+def writing(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar for bytes written, of bytes to write."""
+    if quiet:
+        yield None
+        return
+    columns = (TextColumn("writing"), BarColumn(bar_width=30), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=talk) as progress:
+        task = progress.add_task("writing", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
