@@ -13,6 +13,7 @@ import transformers
 from tenfold import config as configuration
 from tenfold.checkpoint import active_parameters, canonical_name, is_draft, parameters, tensors
 from tenfold.config import PRESETS, ModelConfig, parse, preset
+from tenfold.synth import shrink, synth
 from tenfold.weights import open_weights
 
 
@@ -201,3 +202,14 @@ def test_an_index_of_transformers_is_read(tmp_path: Path) -> None:
     assert {info.shard for info in open_weights(tmp_path, configuration.load(tmp_path))} == set(
         index["weight_map"].values()
     )
+
+
+@pytest.mark.parametrize(("kind", "name"), [("DeepseekV4", "v4-flash"), ("DeepseekV32", "v3.2")])
+def test_transformers_reads_what_synth_writes(kind: str, name: str, tmp_path: Path) -> None:
+    config = shrink(name, layers=4, hidden=64, experts=4, vocab=64, qk_rope_head_dim=16, index_head_dim=32)
+    synth(config, tmp_path, fmt="f32")
+    model_class = getattr(transformers, f"{kind}ForCausalLM")
+    model, report = model_class.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    head = open_weights(tmp_path, config).take("head.weight" if kind == "DeepseekV4" else "lm_head.weight")
+    assert torch.equal(head.data, model.lm_head.weight)

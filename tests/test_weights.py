@@ -419,6 +419,7 @@ def sparse_checkpoint(folder: Path, config: ModelConfig) -> int:
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, stop]}
             position = stop
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(path, 8 + len(text) + position)

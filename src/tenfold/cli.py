@@ -12,8 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar, cast
 
 import typer
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 
 P = ParamSpec("P")
+N = TypeVar("N", int, float)
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or the embedded model tiny-v4-flash.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -48,6 +50,11 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option()]
 TopK = Annotated[int, typer.Option(help="0 is off.")]
 MinP = Annotated[float, typer.Option(help="0 is off.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 discourages tokens of prompt and answer.")]
+PresencePenalty = Annotated[float, typer.Option(help="-2 to 2, for tokens the answer has.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="-2 to 2, for each time the answer has a token.")]
+LogitBias = Annotated[list[str] | None, typer.Option(help="ID=VALUE added to a token's logit; may be repeated.")]
+Logprobs = Annotated[int | None, typer.Option(help="With --json: so many likeliest tokens beside each chosen one.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
 ProfileName = Annotated[str | None, typer.Option("--profile", help="Chat grammar: preview, official, v3.2 or plain.")]
@@ -110,6 +117,11 @@ def run(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    logprobs: Logprobs = None,
     seed: Seed = None,
     stop: Stop = None,
     profile: ProfileName = None,
@@ -123,7 +135,20 @@ def run(
 ) -> None:
     """Read a text, answer a question about it."""
     prompt = _prompt(question, file)
-    params = _sampling(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    params = _sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_bias(logit_bias),
+        logprobs=logprobs,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
     talk = _open(model, backend, numerics, memory, context, profile)
     ids = talk.render([{"role": "user", "content": prompt}], thinking=thinking, effort=effort)
     clock = talk.read(ids)
@@ -156,7 +181,15 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk with a model; each line is a message, an empty line or Ctrl-D ends."""
-    params = _sampling(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    params = _sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
     talk = _open(model, backend, numerics, memory, context, profile)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while (line := _ask(quiet=as_json)) is not None:
@@ -179,7 +212,7 @@ def inspect(
 ) -> None:
     """Show architecture, parameters, tensors, formats, streams and KV bytes of a model."""
     from tenfold import config as configuration
-    from tenfold import inspection, weights
+    from tenfold import inspection
 
     wrong = [length for length in context or [] if not 1 <= length <= 1 << 40]
     if wrong:
@@ -187,7 +220,9 @@ def inspect(
     config = configuration.load(model)
     found = inspection.describe(config, context or inspection.CONTEXTS)
     if model not in configuration.PRESETS or Path(model).is_dir():
-        opened = weights.open_weights(configuration.locate(model), config)
+        from tenfold.weights import open_weights
+
+        opened = open_weights(configuration.locate(model), config)
         found["formats"] = inspection.formats_of(opened)
         if tensors:
             found["tensors"] = [
@@ -238,7 +273,9 @@ def synth(
     from tenfold import synth as making
     from tenfold import views
 
-    config = making.shrink(preset, layers=layers, hidden=hidden, experts=experts, vocab=vocab, **_fields(set_))
+    config = making.shrink(
+        preset, layers=layers, hidden=hidden, experts=experts, vocab=vocab, **_pairs("--set", set_, int)
+    )
     with views.writing(quiet=as_json) as progress:
         written = making.synth(config, folder, seed=seed, fmt=cast("making.Fmt", fmt), progress=progress)
     found = {
@@ -321,6 +358,7 @@ class _Talk:
             "prompt_tokens": num_prompt_tokens,
             "reused_tokens": self.reused_tokens,
             "completion_tokens": tokens,
+            "logprobs": None if completion.params.logprobs is None else [asdict(one) for one in completion.sampled],
             "prefill_s": round(clock.elapsed_s, 3),
             "prefill_tps": round(clock.tokens_per_s, 2),
             "decode_s": round(self.decode_s, 3),
@@ -346,26 +384,10 @@ def _open(
     return _Talk(engine, engine.session(context), tokenizer, grammar)
 
 
-def _sampling(
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    seed: int | None,
-    stop: list[str] | None,
-) -> SamplingParams:
+def _sampling(**fields: Any) -> SamplingParams:
     from tenfold.sampler import SamplingParams
 
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
+    return SamplingParams(**fields)
 
 
 def _prompt(question: str | None, file: Path | None) -> str:
@@ -400,15 +422,27 @@ def _ask(*, quiet: bool) -> str | None:
     return line or None
 
 
-def _fields(assignments: list[str] | None) -> dict[str, int]:
-    """NAME=VALUE pairs as integers."""
-    fields = {}
+def _bias(assignments: list[str] | None) -> dict[int, float]:
+    pairs = _pairs("--logit-bias", assignments, float)
+    wrong = next((name for name in pairs if not name.isdigit()), None)
+    if wrong is not None:
+        raise UsageError(f"--logit-bias names {wrong!r}, expected a token id")
+    return {int(name): value for name, value in pairs.items()}
+
+
+def _pairs(option: str, assignments: list[str] | None, kind: Callable[[str], N]) -> dict[str, N]:
+    """NAME=VALUE pairs."""
+    pairs = {}
     for assignment in assignments or []:
         name, _, value = assignment.partition("=")
-        if not value.lstrip("-").isdigit():
-            raise UsageError(f"--set is {assignment!r}, expected NAME=INTEGER such as index_topk=64")
-        fields[name] = int(value)
-    return fields
+        try:
+            pairs[name] = kind(value)
+            valid = name.isidentifier() or name.isdigit()
+        except ValueError:
+            valid = False
+        if not valid:
+            raise UsageError(f"{option} is {assignment!r}, expected NAME=NUMBER")
+    return pairs
 
 
 def _print_json(found: dict[str, Any]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenfold.checkpoint import active_parameters, parameters, tensors
 from tenfold.config import DeepseekV4Config, ModelConfig
-from tenfold.weights import TensorInfo
+
+if TYPE_CHECKING:
+    from tenfold.weights import TensorInfo
 
 __all__ = ["CONTEXTS", "describe", "formats_of"]
 
