@@ -325,6 +325,7 @@ class _Talk:
         """Brings the session to `ids`, with a progress bar."""
         from tenfold import completion, terminal
 
+        self.session.check_fits(len(ids))
         with terminal.reading(len(ids)) as clock:
             self.reused_tokens = completion.read(self.session, ids, progress=clock.advance)
         return clock

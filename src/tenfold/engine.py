@@ -264,12 +264,15 @@ class Session:
             raise InputError(f"token id {wrong} is outside the vocabulary, expected 0 to {vocab - 1}")
         if not tokens and not allow_empty:
             raise InputError("no tokens to read; give at least one")
-        if self.length + len(tokens) > self.context:
-            raise ContextTooLong(
-                f"{self.length + len(tokens):,} tokens do not fit the context of {self.context:,}; "
-                "shorten the text or open the session with a larger context"
-            )
+        self.check_fits(self.length + len(tokens))
         return tokens
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Raises ContextTooLong if the session cannot hold `num_tokens` tokens in all."""
+        if num_tokens > self.context:
+            most = self.engine.config.max_position_embeddings
+            way_out = "shorten the text" if self.context == most else f"shorten it or allow more, up to {most:,}"
+            raise ContextTooLong(f"{num_tokens:,} tokens do not fit the context of {self.context:,}; {way_out}")
 
     def ready(self) -> None:
         """Puts right what a pass that was cut short left behind."""

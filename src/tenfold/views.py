@@ -118,6 +118,15 @@ def writing(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     columns = (TextColumn("writing"), BarColumn(bar_width=30), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=talk) as progress:
-        task = progress.add_task("writing", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=talk)
+    task = bar.add_task("writing", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # the first time only: what is refused before anything is written shows no bar
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
