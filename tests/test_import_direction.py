@@ -26,12 +26,13 @@ LAYERS = (
     ("protocol", "server", "views"),
     ("demo",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # ops is called from above with tensors and plain numbers; of the package it needs only these.
 OPS_MAY_IMPORT = {"errors", "config", "formats", "_native", "ops"}
-WITHOUT_TORCH = ("errors", "config", "formats", "checkpoint", "machine", "planner", "cli")
+WITHOUT_TORCH = ("errors", "config", "formats", "checkpoint", "shards", "machine", "planner", "cli")
 HEAVY = {"torch", "transformers"}  # imported at module level, or inside functions of cli.py alone
 
 MODULES = {

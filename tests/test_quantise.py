@@ -87,7 +87,8 @@ def test_scales_at_the_edge_of_every_binade(limit: float, top: int) -> None:
     exponents = range(-126, top)
     edges = torch.tensor([limit * 2.0**exponent for exponent in exponents])
     assert scale_bytes(edges, limit, 0.0).tolist() == [exponent + 127 for exponent in exponents]
-    assert scale_bytes(edges * (1 + 2.0**-7), limit, 0.0).tolist() == [exponent + 128 for exponent in exponents]
+    for more in (1 + 2.0**-7, 1.25, 1.5):
+        assert scale_bytes(edges * more, limit, 0.0).tolist() == [exponent + 128 for exponent in exponents]
 
 
 def test_floors() -> None:

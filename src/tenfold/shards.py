@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 from tenfold.errors import CheckpointError
 
@@ -251,12 +251,12 @@ def _is_string_map(value: object) -> bool:
 
 
 def _strict_json(data: bytes) -> object:
-    """JSON as the standard has it: no key twice, no NaN, no half of a surrogate pair."""
+    """JSON without what Python lets pass: no key twice, no negative zero, no half of a surrogate pair."""
     if data.count(b":") + data.count(b",") > MAX_SEPARATORS:
         raise CheckpointError(f"holds JSON of more than {MAX_SEPARATORS:,} fields and numbers")
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_natural, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_natural)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -280,10 +280,6 @@ def _natural(digits: str) -> int:
     if digits.startswith("-"):
         raise ValueError(f"{digits[:20]} is negative")
     return int(digits)
-
-
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
 
 
 def _entry(name: str, value: object) -> HeaderEntry:

@@ -101,10 +101,11 @@ class Weights:
     def finish(self) -> None:
         """Says that all tensors are bound; one that nobody took is an error."""
         if self._left:
-            problems = Problems(self.folder)
-            for name in self._bound.keys() & self._left:
-                problems.add("tensors nobody used", name)
-            problems.raise_any()
+            names = [name for name in self._bound if name in self._left]
+            raise CheckpointError(
+                f"{self.folder}: the model used every tensor but {len(names)}: {', '.join(names[:5])}"
+                f"{', ...' if len(names) > 5 else ''}; this is a fault of tenfold, please report it"
+            )
 
     def _map(self, shards: Iterable[Shard], problems: Problems) -> None:
         for shard in shards:

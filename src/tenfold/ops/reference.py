@@ -21,6 +21,7 @@ from tenfold.formats import BF16, E2M1_VALUES, F32, FP8_BLOCK, FP8_BLOCK_F32, I6
 from tenfold.ops import Experts, Rows, Weight
 
 _ROW_ALIGN = 8
+_KEY_ALIGN = 16  # a score must not depend on how many keys are scored with it
 _TILE_NUMBERS = 1 << 24  # float32 numbers of scratch a tile may take: 64 MiB
 _BLOCK_ROWS = 64
 _E4M3_MAX = 448.0
@@ -209,7 +210,9 @@ def hc_collapse(streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, nor
 def compress(values: Tensor, gates: Tensor, overlap: bool) -> Tensor:
     if overlap:
         values, gates = _overlapping(values), _overlapping(gates)
-    return (gates.softmax(1) * values).sum(1)
+    # torch's softmax over a middle dimension rounds by where its threads split the groups.
+    share = (gates - gates.amax(1, keepdim=True)).exp()
+    return (share * values).sum(1) / share.sum(1)
 
 
 def _overlapping(groups: Tensor) -> Tensor:
@@ -326,8 +329,10 @@ def _best_rows(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visi
 def _index_scores(q: Tensor, weights: Tensor, dense: Tensor) -> Tensor:
     """ReLU first, then the weight, then the sum over heads: [n, rows]."""
     n, heads, dim = q.shape
+    num_rows = dense.shape[0]
+    dense = functional.pad(dense, (0, 0, 0, -num_rows % _KEY_ALIGN))
     scores = _matmul(q.reshape(n * heads, dim), dense).view(n, heads, -1).relu_()
-    return _batched_matmul(weights[:, None], scores)[:, 0]
+    return _batched_matmul(weights[:, None], scores)[:, 0, :num_rows]
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
