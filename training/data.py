@@ -5,7 +5,8 @@ Run from the repository root on Debian 12 (once before: apt-get update):
     python -m training.data
 
 Writes build/training/{train,valid}.txt (documents apart by a form feed), train_sources.json (the package of each
-training document), corpus.json (what came from where), and src/tenfold/demo/document.txt. Knows nothing of tokens and models.
+training document), corpus.json (what came from where), and src/tenfold/demo/document.txt.
+Knows nothing of tokens and models.
 """
 
 from __future__ import annotations
