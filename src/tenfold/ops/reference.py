@@ -284,6 +284,8 @@ def unpack_rows(packed: Tensor, layout: RowLayout) -> Tensor:
     codes = packed[..., : layout.code_bytes].contiguous()
     values = codes.view(torch.float8_e4m3fn).float() if layout.code_bits == 8 else _e2m1_unpacked(codes)
     scale = _row_scales(packed, layout).repeat_interleave(layout.block, -1)[..., : layout.coded]
+    if not layout.plain:
+        return values * scale
     plain = packed[..., layout.plain_offset : layout.plain_offset + 2 * layout.plain].contiguous()
     return torch.cat([values * scale, plain.view(torch.bfloat16).float()], dim=-1)
 
@@ -442,7 +444,7 @@ def _within_groups(choice: Tensor, groups: int, topk_group: int) -> Tensor:
     """-inf outside the best groups; a group counts its two best experts (spec 5.5)."""
     if groups == 1:
         return choice
-    grouped = choice.view(choice.shape[0], groups, -1)
+    grouped = choice.unflatten(1, (groups, -1))
     best = _top(grouped.topk(2, dim=2).values.sum(2), topk_group)
     dropped = torch.ones(choice.shape[0], groups, dtype=torch.bool).scatter_(1, best, False)
     return grouped.masked_fill(dropped[:, :, None], -torch.inf).view_as(choice)
