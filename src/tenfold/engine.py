@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -100,6 +101,10 @@ class Engine:
 
     def step(self, batch: Mapping[Session, Sequence[int]]) -> dict[Session, Tensor]:
         """Adds tokens to several sessions in one pass; float32 [vocab] logits of each one's last position."""
+        if any(session.engine is not self for session in batch):
+            raise UsageError("a session belongs to another engine; step each engine with its own sessions")
+        if not batch:
+            return {}
         self._run({session: session.accept(ids) for session, ids in batch.items()}, every=False)
         return {session: session.last_logits for session in batch}
 
@@ -159,6 +164,7 @@ class _Point:
 class Snapshot:
     """A whole timeline in memory: tokens, streams, last logits. Restores into any session of the same engine."""
 
+    engine: Engine
     tokens: tuple[int, ...]
     point: RestorePoint
     rows: Mapping[tuple[int, str], Tensor]
@@ -188,6 +194,7 @@ class Session:
     @property
     def last_logits(self) -> Tensor:
         """float32 [vocab] after the last token."""
+        self.ready()
         if self._logits is None:
             raise UsageError("the session holds no tokens yet; feed a prompt first")
         return self._logits
@@ -236,28 +243,40 @@ class Session:
             return
         tokens = self._tokens[:length]
         self._points = [point for point in self._points if point.streams.length <= length]
-        self._restore_nearest()
-        missing = tokens[self.length :]
-        for start in range(0, len(missing), self.engine.chunk_tokens):
-            self.engine._run({self: missing[start : start + self.engine.chunk_tokens]}, every=False)
+        try:
+            self._restore_nearest()
+            missing = tokens[self.length :]
+            for start in range(0, len(missing), self.engine.chunk_tokens):
+                self.engine._run({self: missing[start : start + self.engine.chunk_tokens]}, every=False)
+        except BaseException:
+            # Cut short as well: the tokens are what was asked for, and the next use reads what the streams lack.
+            self._tokens, self.in_flight = tokens, True
+            raise
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole timeline, in memory."""
         self.ready()
-        return Snapshot(self.tokens, self.streams.restore_point(self.length), self.streams.copy_rows(), self._logits)
+        point, rows = self.streams.restore_point(self.length), self.streams.copy_rows()
+        return Snapshot(self.engine, self.tokens, point, rows, self._logits)
 
     def restore(self, state: Snapshot) -> None:
         """Replaces this timeline by a snapshot taken from a session of the same engine."""
+        if state.engine is not self.engine:
+            raise UsageError("the snapshot belongs to another engine; restore it into a session of that one")
         if len(state.tokens) > self.context:
             raise ContextTooLong(f"the snapshot holds {len(state.tokens):,} tokens, this session {self.context:,}")
+        self._tokens, self._points, self.in_flight = list(state.tokens), [], True  # until the streams have followed
         self.streams.restore_rows(state.rows)
         self.streams.restore(state.point)
-        self._tokens, self._logits, self.in_flight = list(state.tokens), state.logits, False
+        self._logits, self.in_flight = state.logits, False
         self._points = [] if state.logits is None else [_Point(state.point, state.logits)]
 
     def accept(self, ids: Sequence[int], allow_empty: bool = False) -> list[int]:
         """The ids as a list, if each is a token of the model and all fit the context."""
-        tokens = [int(token) for token in ids]
+        try:
+            tokens = [index(token) for token in ids]
+        except TypeError:
+            raise InputError(f"token ids are {str(ids)[:80]!r}, expected integers; a tokenizer makes them") from None
         vocab = self.engine.config.vocab_size
         wrong = next((token for token in tokens if not 0 <= token < vocab), None)
         if wrong is not None:

@@ -36,6 +36,7 @@ class GrowingRows:
 
     def append(self, rows: Tensor) -> None:
         stop = self.count + rows.shape[0]
+        assert stop <= self.data.shape[0], f"{stop} rows, room for {self.data.shape[0]}"  # one row would vanish
         self.data[self.count : stop] = rows
         self.count = stop
 

@@ -16,7 +16,8 @@ from tenfold.step import Span, Step
 
 __all__ = ["DeepseekV32"]
 
-_LAYER_NORM_EPS = 1e-6
+# Of the norms inside attention; `rms_norm_eps` is for those between the sub-layers alone, and 1e-6 as well in V3.2.
+_INNER_NORM_EPS = 1e-6
 
 
 class DeepseekV32:
@@ -81,8 +82,8 @@ class Attention:
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
-        c, ops = self.config, self.ops
-        q_latent = ops.rms_norm(ops.linear(x, self.q_a_proj), self.q_a_layernorm, c.rms_norm_eps)
+        ops = self.ops
+        q_latent = ops.rms_norm(ops.linear(x, self.q_a_proj), self.q_a_layernorm, _INNER_NORM_EPS)
         q = self._queries(q_latent, step)
         rows = self._rows(x, step)
         chosen = self.indexer.select(x, q_latent, step)
@@ -100,7 +101,7 @@ class Attention:
     def _rows(self, x: Tensor, step: Step) -> Tensor:
         c, ops = self.config, self.ops
         latent, rope = ops.linear(x, self.kv_a_proj_with_mqa).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=1)
-        latent = ops.rms_norm(latent, self.kv_a_layernorm, c.rms_norm_eps)
+        latent = ops.rms_norm(latent, self.kv_a_layernorm, _INNER_NORM_EPS)
         return ops.pack_rows(torch.cat([latent, ops.rope(rope, step.positions, self.frequencies)], 1), self.layout)
 
     def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class Indexer:
         q = self._rotated(q, step)
         if self.spread:
             q = ops.unpack_rows(ops.pack_rows(q, self.layout), self.layout)
-        key = ops.layer_norm(ops.linear(x, self.wk), self.k_norm_weight, self.k_norm_bias, _LAYER_NORM_EPS)
+        key = ops.layer_norm(ops.linear(x, self.wk), self.k_norm_weight, self.k_norm_bias, _INNER_NORM_EPS)
         keys = ops.pack_rows(self._rotated(key, step), self.layout)
         weights = ops.linear(x, self.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
         return [self._select(q[span.rows], weights[span.rows], keys[span.rows], span) for span in step.spans]

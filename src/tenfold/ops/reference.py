@@ -444,7 +444,7 @@ def _within_groups(choice: Tensor, groups: int, topk_group: int) -> Tensor:
     """-inf outside the best groups; a group counts its two best experts (spec 5.5)."""
     if groups == 1:
         return choice
-    grouped = choice.unflatten(1, (groups, -1))
+    grouped: Tensor = choice.unflatten(1, (groups, -1))
     best = _top(grouped.topk(2, dim=2).values.sum(2), topk_group)
     dropped = torch.ones(choice.shape[0], groups, dtype=torch.bool).scatter_(1, best, False)
     return grouped.masked_fill(dropped[:, :, None], -torch.inf).view_as(choice)

@@ -1,0 +1,634 @@
+"""The engine through its public surface: chunks, batches, rewinding, snapshots, failures. Knows no layer's mathematics.
+
+Whatever way a timeline came about, its logits are those of one pass over its tokens, to the last bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold import Engine, SamplingParams
+from tenfold import config as configuration
+from tenfold.engine import Session, parse_bytes
+from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, UsageError
+from tenfold.ops import reference
+from tenfold.synth import synth
+
+SHARED: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "q_lora_rank": 16,
+    "num_attention_heads": 2,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 3,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "topk_method": "noaux_tc",
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "qk_rope_head_dim": 8,
+    "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 256, "mscale": 1.0},
+    "eos_token_id": 1,
+}
+V4: dict[str, Any] = SHARED | {
+    "model_type": "deepseek_v4",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 24,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    "sliding_window": 8,
+    "compress_ratios": [0, 4, 8, 4],
+    "num_hash_layers": 1,
+    "scoring_func": "sqrtsoftplus",
+    "swiglu_limit": 10.0,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 3,
+    "hc_eps": 1e-6,
+    "compress_rope_theta": 160000.0,
+}
+V32: dict[str, Any] = SHARED | {
+    "model_type": "deepseek_v32",
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "scoring_func": "sigmoid",
+    "index_topk": 6,
+    "rope_scaling": SHARED["rope_scaling"] | {"mscale_all_dim": 1.0},
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "v4": V4,
+    "v4-128": V4 | {"num_hidden_layers": 2, "sliding_window": 128, "compress_ratios": [4, 128], "index_topk": 8},
+    "v3.2": V32,
+}
+NUMERICS = ("deployed", "exact")
+EVERY = [(name, numerics) for name in NETWORKS for numerics in NUMERICS]
+
+Load = Callable[[str, str], Engine]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random checkpoints in the official layout."""
+    made = {name: tmp_path_factory.mktemp("checkpoints") / name for name in NETWORKS}
+    for seed, (name, folder) in enumerate(made.items()):
+        synth(configuration.parse(NETWORKS[name]), folder, seed=seed)
+    return made
+
+
+@pytest.fixture(scope="module")
+def load(folders: dict[str, Path]) -> Load:
+    """Engines by network and numerics, each loaded once."""
+    engines: dict[tuple[str, str], Engine] = {}
+
+    def get(name: str, numerics: str = "deployed") -> Engine:
+        if (name, numerics) not in engines:
+            engines[name, numerics] = Engine.load(folders[name], numerics=numerics)  # type: ignore[arg-type]
+        return engines[name, numerics]
+
+    return get
+
+
+@pytest.fixture
+def v4(load: Load) -> Engine:
+    return load("v4", "deployed")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices only lose by a second thread; the tests that need one ask for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def text(count: int, seed: int = 0) -> list[int]:
+    """Random token ids, the end of sequence not among them."""
+    dice = random.Random(seed)
+    return [dice.randrange(2, 61) for _ in range(count)]
+
+
+def in_one_pass(engine: Engine, ids: Sequence[int]) -> Tensor:
+    """Logits of every position, [len(ids), vocab], from a new session."""
+    assert len(ids) <= engine.chunk_tokens
+    return engine.session(max(1, len(ids))).feed(ids, logits="all")
+
+
+def in_pieces(session: Session, ids: Sequence[int], lengths: Iterator[int]) -> Tensor:
+    parts, place = [], 0
+    while place < len(ids):
+        piece = ids[place : place + next(lengths)]
+        parts.append(session.feed(piece, logits="all"))
+        place += len(piece)
+    return torch.cat(parts)
+
+
+def random_lengths(seed: int) -> Iterator[int]:
+    dice = random.Random(seed)
+    while True:
+        yield dice.choice((1, 1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 64, 127, 128, 129))
+
+
+# ---------------------------------------------------------------------------------------------- chunks and batches
+
+
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_chunking_is_one_shot(load: Load, name: str, numerics: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    engine, ids = load(name, numerics), text(400)
+    whole = in_one_pass(engine, ids)
+    assert whole.shape == (400, 61)
+    assert whole.isfinite().all()
+    for seed in range(3):
+        assert torch.equal(in_pieces(engine.session(400), ids, random_lengths(seed)), whole)
+
+
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+def test_token_by_token_is_one_shot(load: Load, name: str, numerics: str) -> None:
+    count = 140 if name == "v4-128" else 50
+    engine, ids = load(name, numerics), text(count, seed=1)
+    session = engine.session(count)
+    one_by_one = torch.stack([session.feed([token]) for token in ids])
+    assert torch.equal(one_by_one, in_one_pass(engine, ids))
+
+
+def test_a_long_text_is_read_in_chunks(v4: Engine) -> None:
+    small = Engine(v4.config, v4.model, backend=v4.backend, exact=v4.exact, chunk_tokens=16)
+    ids = text(100)
+    reports: list[int] = []
+    session = small.session(100)
+    assert torch.equal(session.feed(ids, logits="all", progress=reports.append), in_one_pass(v4, ids))
+    assert reports == [16, 32, 48, 64, 80, 96, 100]
+    assert session.tokens == tuple(ids)
+
+
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+def test_sessions_in_a_batch_are_as_alone(load: Load, name: str, numerics: str) -> None:
+    engine = load(name, numerics)
+    texts = {engine.session(200): text(140, seed) for seed in range(4)}
+    alone = {session: in_one_pass(engine, ids) for session, ids in texts.items()}
+    lengths = {session: random_lengths(seed) for seed, session in enumerate(texts)}
+    while texts:
+        batch = {session: ids[session.length :][: next(lengths[session])] for session, ids in texts.items()}
+        logits = engine.step(batch)
+        assert set(logits) == set(batch)
+        for session, row in logits.items():
+            assert torch.equal(row, alone[session][session.length - 1])
+            assert torch.equal(session.last_logits, row)
+        texts = {session: ids for session, ids in texts.items() if session.length < 140}
+
+
+def test_numerics_make_a_difference(load: Load) -> None:
+    for name in NETWORKS:
+        deployed, exact = (in_one_pass(load(name, numerics), text(60)) for numerics in NUMERICS)
+        assert not torch.equal(deployed, exact)
+        assert float(torch.cosine_similarity(deployed, exact).mean()) > 0.8
+
+
+def test_little_memory_gives_the_same_logits(folders: dict[str, Path], load: Load) -> None:
+    for name, folder in folders.items():
+        lean = Engine.load(folder, memory="64K")
+        ids = text(70)
+        assert lean.chunk_tokens == 16
+        assert torch.equal(lean.session(70).feed(ids, logits="all"), in_one_pass(load(name, "deployed"), ids))
+
+
+# ---------------------------------------------------------------------------------------------- rewinding
+
+
+@pytest.mark.parametrize("name", ["v4", "v3.2"])
+def test_rewinding_to_every_length(load: Load, name: str) -> None:
+    engine, ids, others = load(name, "deployed"), text(41), text(9, seed=9)
+    whole = in_one_pass(engine, ids)
+    session = engine.session(200)
+    for length in range(26):
+        session.rewind(0)
+        in_pieces(session, ids, random_lengths(length + 100))
+        session.feed(others[: 1 + length % 7])  # what is rewound over need not be the same text
+        session.rewind(length)
+        assert session.tokens == tuple(ids[:length])
+        assert session.kv_bytes() == engine.config.kv_bytes(length)
+        assert length == 0 or torch.equal(session.last_logits, whole[length - 1])
+        assert torch.equal(session.feed(ids[length:], logits="all"), whole[length:])
+
+
+def test_rewinding_by_1_to_300_at_every_phase_of_128(load: Load) -> None:
+    engine, ids = load("v4-128", "deployed"), text(303)
+    whole = in_one_pass(engine, ids)
+    session = engine.session(400)
+    in_pieces(session, ids[:302], random_lengths(3))
+    for length in range(301, 172, -1):  # each phase of 128
+        session.rewind(length)
+        assert torch.equal(session.last_logits, whole[length - 1])
+        assert torch.equal(session.feed([ids[length]]), whole[length])
+    for distance in (1, 2, 3, 4, 5, 100, 127, 128, 129, 255, 256, 257, 300):
+        session.rewind(0)
+        session.feed(ids[:302])
+        session.rewind(302 - distance)
+        assert torch.equal(session.feed(ids[302 - distance :], logits="all"), whole[302 - distance :])
+
+
+def test_rewinding_a_long_timeline(v4: Engine) -> None:
+    """Many restore points were made and dropped on the way."""
+    small = Engine(v4.config, v4.model, backend=v4.backend, exact=v4.exact, chunk_tokens=100)
+    ids = text(2500)
+    whole = in_one_pass(v4, ids)
+    session = small.session(2500)
+    session.feed(ids)
+    dice = random.Random(0)
+    for length in sorted((dice.randrange(1, 2500) for _ in range(12)), reverse=True):
+        session.rewind(length)
+        assert torch.equal(session.feed(ids[length : length + 3]), whole[min(length + 3, 2500) - 1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_used_session_forgets_a_text_that_was_rewound(v4: Engine, count: int) -> None:
+    """A prompt shorter than a group must not pool the rows of the one before it (spec 9.5, 4)."""
+    session, ids = v4.session(100), text(count + 20, seed=5)
+    for start_over in (lambda: session.rewind(0), lambda: session.restore(v4.session(5).snapshot())):
+        session.feed(text(43))
+        start_over()
+        assert session.length == 0
+        assert session.kv_bytes() == v4.config.kv_bytes(0)
+        with pytest.raises(UsageError, match="no tokens"):
+            _ = session.last_logits
+        found = torch.cat([session.feed(ids[:count], logits="all"), session.feed(ids[count:], logits="all")])
+        assert torch.equal(found, in_one_pass(v4, ids))
+        session.rewind(0)
+
+
+# ---------------------------------------------------------------------------------------------- snapshots
+
+
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+def test_forks_of_one_snapshot(load: Load, name: str, numerics: str) -> None:
+    engine, trunk = load(name, numerics), text(53)
+    origin = engine.session(120)
+    in_pieces(origin, trunk, random_lengths(1))
+    state, sizes = origin.snapshot(), origin.kv_bytes()
+    whole = in_one_pass(engine, trunk)
+    origin.feed(text(30, seed=7))  # a snapshot is a copy
+    for seed in range(3):
+        branch, fork = text(40, seed=20 + seed), engine.session(93)
+        fork.feed(text(1 + seed * 20))  # whatever was there is replaced
+        fork.restore(state)
+        assert fork.tokens == tuple(trunk)
+        assert fork.kv_bytes() == sizes
+        assert torch.equal(fork.feed(branch, logits="all"), in_one_pass(engine, trunk + branch)[53:])
+        fork.rewind(51)
+        assert torch.equal(fork.feed(trunk[51:]), whole[-1])
+
+
+def test_a_snapshot_needs_room(v4: Engine) -> None:
+    session = v4.session(30)
+    session.feed(text(20))
+    small = v4.session(19)
+    small.feed(text(4))
+    with pytest.raises(ContextTooLong, match="20 tokens"):
+        small.restore(session.snapshot())
+    assert small.length == 4
+
+
+@pytest.mark.parametrize("other", [("v4", "exact"), ("v3.2", "deployed"), ("v4-128", "deployed")])
+def test_a_snapshot_of_another_engine_is_refused(load: Load, v4: Engine, other: tuple[str, str]) -> None:
+    stranger, session, ids = load(*other).session(30), v4.session(30), text(25)
+    stranger.feed(ids)
+    session.feed(ids)
+    with pytest.raises(UsageError, match="engine"):
+        session.restore(stranger.snapshot())
+    assert torch.equal(session.feed(ids[:5], logits="all"), in_one_pass(v4, ids + ids[:5])[25:])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kv_bytes_are_those_of_the_config(load: Load, name: str) -> None:
+    engine = load(name, "deployed")
+    session, ids = engine.session(300), text(300)
+    assert session.kv_bytes() == engine.config.kv_bytes(0)
+    for length in (1, 2, 3, 4, 5, 7, 8, 9, 127, 128, 129, 131, 132, 255, 256, 300):
+        session.feed(ids[session.length : length])
+        assert session.kv_bytes() == engine.config.kv_bytes(length)
+    for length in (299, 256, 200, 130, 127, 9, 8, 3, 0):
+        session.rewind(length)
+        assert session.kv_bytes() == engine.config.kv_bytes(length)
+
+
+# ---------------------------------------------------------------------------------------------- passes that fail
+
+SITES = {
+    "v4": ("linear", "pack_rows", "compress", "select_rows", "sparse_attention", "hc_merge", "experts", "rms_norm"),
+    "v3.2": ("linear", "pack_rows", "select_rows", "sparse_attention", "grouped_linear", "experts", "layer_norm"),
+}
+
+
+class Tripwire:
+    """Raises at the k-th call of an operation, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, site: str) -> None:
+        self.operation = getattr(reference, site)
+        self.calls, self.trip_at, self.error = 0, 0, RuntimeError("tripped")
+        monkeypatch.setattr(reference, site, self)
+
+    def arm(self, call: int, error: BaseException) -> None:
+        self.calls, self.trip_at, self.error = 0, call, error  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **words: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.trip_at:
+            raise self.error
+        return self.operation(*args, **words)
+
+
+@pytest.mark.parametrize(("name", "site"), [(name, site) for name, sites in SITES.items() for site in sites])
+def test_a_pass_cut_short_leaves_no_trace(load: Load, monkeypatch: pytest.MonkeyPatch, name: str, site: str) -> None:
+    engine, ids = load(name, "deployed"), text(60)
+    whole = in_one_pass(engine, ids)
+    session = engine.session(60)
+    wire = Tripwire(monkeypatch, site)
+    for length, count in ((0, 13), (30, 1), (31, 14), (3, 1)):
+        session.rewind(0)
+        if length:
+            session.feed(ids[:length])
+        wire.arm(0, RuntimeError())
+        session.feed(ids[length : length + count])
+        calls = wire.calls
+        assert calls > 0
+        for call in {1, calls // 2 + 1, calls}:
+            session.rewind(length)
+            wire.arm(call, KeyboardInterrupt() if call % 2 else RuntimeError("tripped"))
+            with pytest.raises((KeyboardInterrupt, RuntimeError)):
+                session.feed(ids[length : length + count])
+            assert session.tokens == tuple(ids[:length])
+            assert torch.equal(session.feed(ids[length:], logits="all"), whole[length:])
+
+
+@pytest.mark.parametrize("way", ["snapshot", "rewind", "step", "restore", "kv_bytes"])
+def test_whatever_follows_a_pass_cut_short_is_right(v4: Engine, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    ids = text(60)
+    whole = in_one_pass(v4, ids)
+    session, other = v4.session(60), v4.session(60)
+    session.feed(ids[:30])
+    state = session.snapshot()
+    wire = Tripwire(monkeypatch, "hc_merge")
+    wire.arm(5, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        v4.step({session: ids[30:40], other: ids[:7]})
+    assert (session.length, other.length) == (30, 0)
+    if way == "snapshot":
+        copy = v4.session(60)
+        copy.restore(session.snapshot())
+        session = copy
+    elif way == "rewind":
+        session.rewind(29)
+        session.feed(ids[29:30])
+    elif way == "step":
+        logits = v4.step({other: ids[:9], session: ids[30:33]})
+        assert torch.equal(logits[other], whole[8])
+        session.rewind(30)
+    elif way == "restore":
+        session.restore(state)
+    else:
+        session.snapshot()
+        assert session.kv_bytes() == v4.config.kv_bytes(30)
+    assert torch.equal(session.last_logits, whole[29])
+    assert torch.equal(session.feed(ids[30:], logits="all"), whole[30:])
+
+
+@pytest.mark.parametrize("length", [20, 150])
+def test_a_recovery_that_is_cut_short_loses_no_tokens(load: Load, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Ctrl-C twice: the second one falls into the replay that puts the first one right."""
+    engine, ids = load("v4", "deployed"), text(200)
+    whole = in_one_pass(engine, ids)
+    session = engine.session(200)
+    for token in ids[:length]:
+        session.feed([token])
+    wire = Tripwire(monkeypatch, "hc_merge")
+    for _ in range(3):
+        wire.arm(3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            session.feed(ids[length : length + 2])
+        assert session.length == length
+    assert session.tokens == tuple(ids[:length])
+    assert torch.equal(session.feed(ids[length:], logits="all"), whole[length:])
+
+
+def test_a_rewind_that_is_cut_short_can_be_repeated(v4: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = text(100)
+    whole = in_one_pass(v4, ids)
+    session = v4.session(100)
+    session.feed(ids)
+    wire = Tripwire(monkeypatch, "hc_merge")
+    wire.arm(3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        session.rewind(90)
+    session.rewind(90)
+    assert torch.equal(session.feed(ids[90:], logits="all"), whole[90:])
+
+
+def test_a_progress_report_that_fails_leaves_what_was_read(v4: Engine) -> None:
+    small = Engine(v4.config, v4.model, backend=v4.backend, exact=v4.exact, chunk_tokens=16)
+    session, ids = small.session(100), text(100)
+
+    def stop(tokens_read: int) -> None:
+        if tokens_read >= 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.feed(ids, progress=stop)
+    assert session.tokens == tuple(ids[:32])
+    assert torch.equal(session.feed(ids[32:], logits="all"), in_one_pass(v4, ids)[32:])
+
+
+# ---------------------------------------------------------------------------------------------- generating
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def test_greedy_text_is_the_argmax_each_time(v4: Engine) -> None:
+    prompt = text(20)
+    runs = []
+    for _ in range(2):
+        session = v4.session(100)
+        session.feed(prompt)
+        runs.append([sampled.id for sampled in session.generate(GREEDY)])
+        assert session.tokens == (*prompt, *runs[-1])
+    assert runs[0] == runs[1]
+    assert 1 not in runs[0]
+    logits = in_one_pass(v4, prompt + runs[0])[19:-1]
+    assert runs[0] == logits.argmax(1).tolist()
+    assert len(runs[0]) == 12
+
+
+def test_a_seed_repeats_its_text_and_another_does_not(v4: Engine) -> None:
+    def sample(seed: int) -> list[int]:
+        session = v4.session(100)
+        session.feed(text(20))
+        return [s.id for s in session.generate(SamplingParams(seed=seed, max_tokens=20, temperature=2.0))]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_generating_stops_at_the_end_of_sequence(v4: Engine) -> None:
+    bias = {1: 100.0}
+    session = v4.session(50)
+    session.feed(text(5))
+    assert list(session.generate(SamplingParams(temperature=0, logit_bias=bias))) == []
+    assert session.length == 5
+    params = SamplingParams(temperature=0, logit_bias=bias, ignore_eos=True, max_tokens=3)
+    assert [s.id for s in session.generate(params)] == [1, 1, 1]
+    assert session.length == 8
+
+
+def test_generating_stops_when_the_context_is_full(v4: Engine) -> None:
+    session = v4.session(24)
+    session.feed(text(20))
+    found = [s.id for s in session.generate(SamplingParams(temperature=0, ignore_eos=True))]
+    assert len(found) == 4
+    assert session.length == 24
+    assert list(session.generate(GREEDY)) == []
+    with pytest.raises(ContextTooLong, match="25 tokens"):
+        session.feed([2])
+    session.rewind(22)
+    assert [s.id for s in session.generate(SamplingParams(temperature=0, ignore_eos=True))] == found[2:]
+
+
+def test_generating_needs_a_prompt(v4: Engine) -> None:
+    with pytest.raises(UsageError, match="prompt"):
+        next(v4.session(10).generate(GREEDY))
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "named"),
+    [
+        ([61], InputError, "61"),
+        ([3, -1], InputError, "-1"),
+        ([2] * 31, ContextTooLong, "31 tokens"),
+        ("123", InputError, "123"),
+        ([1.5], InputError, "1.5"),
+        (["7"], InputError, "7"),
+        ([None], InputError, "None"),
+    ],
+)
+def test_tokens_that_cannot_be_fed(v4: Engine, ids: Any, error: type[Exception], named: str) -> None:
+    session = v4.session(30)
+    for feed in (session.feed, lambda ids: v4.step({session: ids})):
+        with pytest.raises(error, match=named):
+            feed(ids)
+        assert session.length == 0
+
+
+def test_tokens_may_come_as_any_sequence_of_integers(v4: Engine) -> None:
+    import numpy as np
+
+    ids = text(9)
+    expected = in_one_pass(v4, ids)[-1]
+    forms: list[Any] = [tuple(ids), torch.tensor(ids), np.array(ids), np.array(ids, dtype=np.uint16)]
+    for form in forms:
+        assert torch.equal(v4.session(9).feed(form), expected)
+
+
+def test_empty_input(v4: Engine) -> None:
+    session = v4.session(30)
+    with pytest.raises(UsageError, match="no tokens"):
+        session.feed([])
+    assert session.feed([], logits="all").shape == (0, 61)
+    with pytest.raises(InputError, match="no tokens"):
+        v4.step({session: []})
+    logits = session.feed([5, 6])
+    assert torch.equal(session.feed([]), logits)
+    assert session.length == 2
+
+
+def test_a_step_of_no_sessions(v4: Engine) -> None:
+    assert v4.step({}) == {}
+
+
+def test_a_step_takes_sessions_of_its_own_engine_only(load: Load, v4: Engine) -> None:
+    stranger = load("v4", "exact").session(30)
+    with pytest.raises(UsageError, match="engine"):
+        v4.step({stranger: [3]})
+    assert stranger.length == 0
+
+
+def test_one_bad_session_spoils_no_other(v4: Engine) -> None:
+    good, full = v4.session(30), v4.session(2)
+    full.feed([3, 4])
+    with pytest.raises(ContextTooLong):
+        v4.step({good: text(5), full: [2]})
+    assert good.length == 0
+    assert torch.equal(good.feed(text(5)), in_one_pass(v4, text(5))[-1])
+
+
+def test_lengths_that_cannot_be(v4: Engine) -> None:
+    session = v4.session(30)
+    session.feed(text(5))
+    for length in (-1, 6):
+        with pytest.raises(UsageError, match="5"):
+            session.rewind(length)
+    for context in (0, -3, 4097):
+        with pytest.raises(ContextTooLong, match="4,096"):
+            v4.session(context)
+    assert v4.session().context == 4096
+    with pytest.raises(UsageError, match="'some'"):
+        session.feed([3], logits="some")  # type: ignore[arg-type]
+    assert session.length == 5
+
+
+def test_arguments_of_load_are_checked(folders: dict[str, Path], tmp_path: Path) -> None:
+    for words, error, named in (
+        ({"numerics": "fast"}, UsageError, "'fast'"),
+        ({"backend": "gpu"}, UsageError, "'gpu'"),
+        ({"backend": "triton"}, BackendMissing, "triton"),
+        ({"memory": "lots"}, UsageError, "'lots'"),
+        ({"memory": 0}, UsageError, "'?0"),
+        ({"store": "x"}, UsageError, "store"),
+    ):
+        with pytest.raises(error, match=named):
+            Engine.load(folders["v4"], **words)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        Engine.load(tmp_path)
+    with pytest.raises(UsageError, match="without weights"):
+        Engine.load("v4-flash")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("12G", 12 << 30), ("512M", 512 << 20), (1000, 1000), ("1.5 KiB", 1536)]
+)
+def test_sizes_of_memory(size: str | int, expected: int) -> None:
+    assert parse_bytes(size) == expected
+
+
+def test_the_public_surface_is_that_of_the_design() -> None:
+    loaded = list(inspect.signature(Engine.load).parameters)
+    assert loaded == ["source", "backend", "numerics", "memory", "store"]
+    for owner, names in (
+        (Session, ("feed", "tokens", "length", "kv_bytes", "rewind", "snapshot", "restore", "generate")),
+        (Engine, ("load", "session", "step")),
+    ):
+        for name in names:
+            assert getattr(owner, name).__doc__ or name in ("tokens", "length")
