@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from tenfold import terminal
 from tenfold.terminal import ReadingClock, about, bytes_text, duration_text
 
 
 def ticking(monkeypatch: pytest.MonkeyPatch, costs: list[float]) -> ReadingClock:
     """A clock over 8 chunks of 1000 tokens, of which the first took `costs` seconds."""
     now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     clock = ReadingClock(8000)
     for i, seconds in enumerate(costs):
         now[0] += seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,7 +135,7 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """What both architectures share; see `DeepseekV4Config` and `DeepseekV32Config`."""
 
     vocab_size: int
@@ -161,12 +162,16 @@ class ModelConfig:
 
     @property
     def architecture(self) -> str:
-        raise NotImplementedError
+        """deepseek_v4 or deepseek_v32."""
+        return str(self.raw["model_type"])
 
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """The layer schedule; model, cache, planner and tests read this one tuple."""
-        raise NotImplementedError
+        return tuple(self._layer(index) for index in range(self.num_hidden_layers))
+
+    @abstractmethod
+    def _layer(self, index: int) -> LayerSpec: ...
 
     @cached_property
     def streams(self) -> tuple[StreamSpec, ...]:
@@ -208,14 +213,6 @@ class DeepseekV4Config(ModelConfig):
     hc_eps: float
     rope: RopeSpec
     compress_rope: RopeSpec
-
-    @property
-    def architecture(self) -> str:
-        return "deepseek_v4"
-
-    @cached_property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        return tuple(self._layer(index) for index in range(self.num_hidden_layers))
 
     def _layer(self, index: int) -> LayerSpec:
         ratio = self.compress_ratios[index]
@@ -266,14 +263,6 @@ class DeepseekV32Config(ModelConfig):
     rope: RopeSpec
     mscale: float
     mscale_all_dim: float
-
-    @property
-    def architecture(self) -> str:
-        return "deepseek_v32"
-
-    @cached_property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        return tuple(self._layer(index) for index in range(self.num_hidden_layers))
 
     def _layer(self, index: int) -> LayerSpec:
         rows = StreamSpec(index, "rows", "mla", kv_row_v32(self.kv_lora_rank, self.qk_rope_head_dim), ratio=1)
