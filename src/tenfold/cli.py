@@ -393,13 +393,17 @@ def _sampling(**fields: Any) -> SamplingParams:
 
 def _prompt(question: str | None, file: Path | None) -> str:
     """The text to read, then the question; text comes from --file, or from stdin where it is not a terminal."""
-    if file is None and question is None and sys.stdin.isatty():
-        raise UsageError("nothing to read: give a question, --file PATH, or text on stdin")
+    from tenfold.completion import read_text
+
     text = None
     if file is not None:
         text = _read_file(file)
+    elif not sys.stdin.isatty():
+        content = sys.stdin.buffer.read()
+        if content.strip() or question is None:
+            text = read_text(content, "stdin")
     elif question is None:
-        text = _read_file(Path("-"))
+        raise UsageError("nothing to read: give a question, --file PATH, or text on stdin")
     return "\n\n".join(part for part in (text, question) if part)
 
 

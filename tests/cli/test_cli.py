@@ -78,6 +78,20 @@ def test_run_reads_stdin_like_a_file(model: Path, tmp_path: Path) -> None:
         assert piped["prompt_tokens"] == by_file["prompt_tokens"]
 
 
+def test_stdin_is_the_text_and_the_argument_the_question(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "doc.txt"
+    text.write_text("Some words to read.", encoding="utf-8")
+    options = ("--max-tokens", 3, "--temperature", 0)
+    by_file = found("run", model, "Which words?", "--file", text, *options)
+    piped = found("run", model, "Which words?", *options, stdin="Some words to read.")
+    assert piped["message"] == by_file["message"]
+    assert (
+        piped["prompt_tokens"]
+        == by_file["prompt_tokens"]
+        > found("run", model, "Which words?", *options)["prompt_tokens"]
+    )
+
+
 def test_the_same_seed_gives_the_same_text(model: Path) -> None:
     first, again = (found("run", model, "hello", "--seed", 3, "--max-tokens", 8)["message"] for _ in range(2))
     assert first == again
