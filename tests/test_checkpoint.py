@@ -167,7 +167,13 @@ V32 = {
     "index_n_heads": 16,
     "index_head_dim": 32,
     "index_topk": 8,
-    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64},
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 64,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
     "max_position_embeddings": 2560,
 }
 

@@ -523,6 +523,11 @@ def _parse_v32(fields: _Fields) -> DeepseekV32Config:
         )
     scaling = fields.value("rope_scaling")
     mscales = scaling if isinstance(scaling, dict) else {}
+    if mscales.get("mscale", 1.0) != mscales.get("mscale_all_dim", 0.0):  # cos and sin would be scaled as well
+        raise ConfigError(
+            f"config.json: rope_scaling has mscale {mscales.get('mscale', 1.0)!r} and mscale_all_dim "
+            f"{mscales.get('mscale_all_dim', 0.0)!r}, expected the same number, which is all that V3.2 uses"
+        )
     return DeepseekV32Config(
         **shared,
         intermediate_size=fields.integer("intermediate_size"),

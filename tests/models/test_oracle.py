@@ -10,6 +10,8 @@ import torch
 from tests.models.oracle_cases import LIMIT, Case, Choices, Family, Followed, Network, judge, make_case
 
 from tenfold import Engine
+from tenfold import config as configuration
+from tenfold.errors import ConfigError
 from tenfold.formats import exact_layout, index_key_fp4
 from tenfold.ops import reference
 
@@ -93,3 +95,12 @@ def test_latent_norms_of_v32_keep_their_own_eps(tmp_path: Path) -> None:
     found = Engine.load(network.official, numerics="exact").session(40).feed(ids, logits="all")
     expected = network.logits(ids)
     assert float((found - expected).abs().max() / expected.abs().max()) <= LIMIT
+
+
+@pytest.mark.parametrize(("mscale", "mscale_all_dim"), [(1.0, 0.5), (0.707, 1.0), (1.0, 0.0)])
+def test_a_scaled_rotation_of_v32_is_refused(mscale: float, mscale_all_dim: float) -> None:
+    """transformers multiplies cos and sin by their ratio, so ignoring it gives another network."""
+    words = make_case("v3.2", 1).words
+    scaling = words["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale_all_dim}
+    with pytest.raises(ConfigError, match="mscale_all_dim"):
+        configuration.parse(words | {"rope_scaling": scaling})

@@ -50,7 +50,10 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    torch.manual_seed(torch.seed() % 2**31)
+    """New numbers each time; a failure shows the seed to repeat it with."""
+    seed = torch.seed() % 2**31
+    print("torch.manual_seed", seed)
+    torch.manual_seed(seed)
 
 
 # ------------------------------------------------------------------------------------------------ number formats

@@ -247,9 +247,12 @@ def _block_scaled(x: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
 
 
 def _scale_exponents(amax: Tensor, limit: float) -> Tensor:
-    """ceil(log2(amax / limit)) + 127 from the float32 bits: the exponent, one more if any mantissa bit is set."""
+    """ceil(log2(amax / limit)) + 127 from the float32 bits: the exponent, one more if any mantissa bit is set.
+
+    NaN and infinity give 255, the scale that is NaN.
+    """
     bits = (amax * torch.tensor(1.0 / limit, dtype=torch.float32)).view(torch.int32)
-    return (bits >> 23).long() + ((bits & 0x7FFFFF) != 0)
+    return ((bits >> 23).long() + ((bits & 0x7FFFFF) != 0)).clamp(max=255)
 
 
 def _e4m3_codes(scaled: Tensor) -> Tensor:
