@@ -129,9 +129,7 @@ def test_probabilities_sum_to_one(smoothing: Smoothing, length: int) -> None:
 def test_witten_bell_bigram_by_hand() -> None:
     model = train_ngrams(np.array([0, 1, 0, 1, 0, 2], dtype=np.int64), 2, 4, "witten-bell")
     unigram = (2 + 3 / 4) / (6 + 3)  # symbol 1: twice of six, three kinds seen, floor 1/4
-    assert model.probabilities(np.array([0, 1], dtype=np.int64))[0] == pytest.approx(
-        (2 + 2 * unigram) / (3 + 2)
-    )
+    assert model.probabilities(np.array([0, 1], dtype=np.int64))[0] == pytest.approx((2 + 2 * unigram) / (3 + 2))
 
 
 def test_separators_are_not_scored() -> None:

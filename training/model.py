@@ -1,0 +1,355 @@
+"""The embedded model as it is trained: the engine's own blocks over dense, differentiable attention.
+
+Sequences of equal length from position 0, no sessions and no packed rows. Knows nothing of optimisers and of files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tenfold import checkpoint
+from tenfold.checkpoint import TensorSpec
+from tenfold.config import DeepseekV4Config, LayerSpec, parse
+from tenfold.formats import F32, I64, kv_row_v4
+from tenfold.models.blocks import Binder, rope_frequencies
+from tenfold.models.deepseek_v4 import Attention, Compressor, DeepseekV4
+from tenfold.ops import Experts, Weight, reference
+from tenfold.step import Step
+from training.ops import TILE, TrainingOps, attend, head_loss, rope_tables, stored_rows
+
+__all__ = ["Batch", "TrainingModel", "best_entries", "initial", "stack_name", "tiny_config"]
+
+INDEX_LOSS_STRIDE = 4  # one query in so many teaches the indexer
+
+
+def tiny_config(**changes: object) -> DeepseekV4Config:
+    """The embedded model's configuration, in the words of config.json."""
+    raw: dict[str, object] = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "compress_ratios": [0, 4, 128, 4, 0],
+        "compress_rope_theta": 160000,
+        "eos_token_id": 1,
+        "expert_dtype": "fp4",
+        "hc_eps": 1e-06,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "index_head_dim": 64,
+        "index_n_heads": 4,
+        "index_topk": 64,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 1048576,
+        "model_type": "deepseek_v4",
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 2,
+        "num_hash_layers": 1,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "num_nextn_predict_layers": 0,
+        "o_groups": 2,
+        "o_lora_rank": 128,
+        "q_lora_rank": 128,
+        "qk_rope_head_dim": 64,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [128, 128],
+        },
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+        "sliding_window": 128,
+        "swiglu_limit": 10.0,
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 2048,
+    }
+    config = parse(raw | changes)
+    assert isinstance(config, DeepseekV4Config)
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def stack_name(name: str) -> tuple[str, int | None]:
+    """The name of the stack an expert's weight lies in, and its place there; other weights stand alone."""
+    match = re.fullmatch(r"(.*\.experts\.)(\d+)\.(w[123]\.weight)", name)
+    return (match[1] + match[3], int(match[2])) if match else (name, None)
+
+
+def initial(config: DeepseekV4Config, seed: int) -> dict[str, Tensor]:
+    """First values of all weights, float32 by name (expert stacks, and the int64 tables of hash layers)."""
+    generator = torch.Generator().manual_seed(seed)
+    stacks: dict[str, list[Tensor]] = {}
+    for spec in checkpoint.tensors(config):
+        stacks.setdefault(stack_name(spec.name)[0], []).append(_first_values(spec, config, generator))
+    return {name: torch.stack(parts) if ".experts." in name else parts[0] for name, parts in stacks.items()}
+
+
+def _first_values(spec: TensorSpec, config: DeepseekV4Config, generator: torch.Generator) -> Tensor:
+    name, shape = spec.name, spec.shape
+    noise: Tensor = torch.randn(shape, generator=generator) if spec.formats[0] is not I64 else torch.empty(0)
+    if name.endswith("tid2eid"):
+        table = torch.rand(shape[0], config.n_routed_experts, generator=generator)
+        return table.argsort(1)[:, : shape[1]].contiguous()
+    if "hc_" in name:
+        return _first_hyper(name, shape, config.hc_mult, noise)
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith(("attn_sink", "gate.bias")):
+        return torch.zeros(shape)
+    if name.endswith(".ape"):
+        return 0.02 * noise
+    if name == "embed.weight":
+        return 0.5 * noise
+    quiet = name == "head.weight" or name.endswith((".wo_b.weight", "w2.weight"))
+    return noise * ((0.1 if quiet else 1.0) / math.sqrt(shape[1]))
+
+
+def _first_hyper(name: str, shape: tuple[int, ...], m: int, noise: Tensor) -> Tensor:
+    """Reads the mean of the streams, writes to all alike, keeps each; noise tells the streams apart."""
+    if name.endswith("_fn"):
+        return 0.02 * noise
+    if name.endswith("_scale"):
+        return torch.full(shape, 0.1)
+    base = 0.3 * noise
+    base[:m] -= 1.1  # sigmoid: a quarter
+    if "head" not in name:
+        base[2 * m :] += 3.0 * torch.eye(m).flatten()
+    return base
+
+
+class _StackBinder(Binder):
+    """Binds the experts of a layer as stacks."""
+
+    __slots__ = ()
+
+    def experts(self, prefix: str, count: int, names: tuple[str, str, str]) -> Experts:
+        gate, down, up = ((self(f"{prefix}{name}.weight"),) for name in names)
+        return Experts(gate, down, up)
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch(Step):
+    """A step of `sequences` texts of equal length; `dense` attends to all entries and teaches the indexer."""
+
+    sequences: int = 1
+    dense: bool = True
+    index_losses: list[Tensor] = field(default_factory=list)
+    loads: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ids: Tensor, dense: bool) -> Batch:
+        """From token ids [sequences, length]."""
+        sequences, length = ids.shape
+        positions = torch.arange(length).repeat(sequences)
+        return cls(ids.flatten(), positions, (), torch.arange(ids.numel()), sequences, dense)
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[0] // self.sequences
+
+
+class TrainingModel:
+    """Forward and loss over `weights`, which the caller keeps; `quantised` rounds rows as the streams do."""
+
+    def __init__(self, config: DeepseekV4Config, weights: dict[str, Tensor], ops: TrainingOps, quantised: bool) -> None:
+        self.config, self.ops = config, ops
+        self.quantised = quantised
+
+        def take(name: str) -> Weight:
+            return Weight(name, tuple(weights[name].shape), I64 if name.endswith("tid2eid") else F32, weights[name])
+
+        bind = _StackBinder(take, ops, resident=True, exact=True)  # type: ignore[arg-type]
+        self.network = DeepseekV4(config, bind)
+        for block, layer in zip(self.network.blocks, config.layers, strict=True):
+            prefix = f"layers.{layer.index}."
+            block.attn = TrainingAttention(config, layer, bind, prefix + "attn.", self)
+            if layer.router == "learned":
+                block.ffn.ops = _Counting(ops, prefix + "ffn.gate.bias")  # type: ignore[assignment]
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last normed activations [n, hidden]."""
+        network, c, ops = self.network, self.config, self.ops
+        h = ops.embed(batch.ids, network.embed)[:, None, :].repeat(1, c.hc_mult, 1)
+        for block in network.blocks:
+            if isinstance(block.ffn.ops, _Counting):
+                block.ffn.ops.loads = batch.loads
+            h = block.forward(h, batch)
+        head = network.hc_head_fn, network.hc_head_base, network.hc_head_scale
+        x = ops.hc_collapse(h, *head, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
+        return ops.rms_norm(x, network.norm, c.rms_norm_eps)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids [sequences, length] -> [sequences * length, vocab]."""
+        return self.ops.linear(self.hidden(Batch.of(ids, dense=False)), self.network.head)
+
+    def loss(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy in nats, and each token's."""
+        head = self.network.head.data.to(self.ops.dtype)
+        return head_loss(self.hidden(batch), head, targets.flatten())
+
+
+class _Counting:
+    """The operations of a layer with a learned router, which notes how many tokens each expert was given."""
+
+    def __init__(self, ops: TrainingOps, bias_name: str) -> None:
+        self._ops, self._bias_name = ops, bias_name
+        self.loads: dict[str, Tensor] = {}
+        self.experts, self.feed_forward = ops.experts, ops.feed_forward
+
+    def route(self, x: Tensor, gate: Weight, **options: object) -> tuple[Tensor, Tensor]:
+        ids, weights = self._ops.route(x, gate, **options)
+        self.loads[self._bias_name] = torch.bincount(ids.flatten(), minlength=gate.shape[0]).float()
+        return ids, weights
+
+
+class TrainingAttention(Attention):
+    """`Attention` over whole sequences: banded window, dense or selected entries (spec 2.2-2.6)."""
+
+    def __init__(
+        self, config: DeepseekV4Config, layer: LayerSpec, bind: Binder, prefix: str, owner: TrainingModel
+    ) -> None:
+        super().__init__(config, layer, bind, prefix)
+        assert config.sliding_window == TILE
+        self.owner = owner
+        self.fast: TrainingOps = bind.ops  # type: ignore[assignment]
+        self.row = kv_row_v4(config.head_dim, config.qk_rope_head_dim)
+        self.key = layer.stream("index_keys").layout if layer.attention == "csa" else None
+        self.tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        assert isinstance(step, Batch)
+        c, ops = self.config, self.fast
+        shape = step.sequences, step.length
+        cos, sin = self._tables(step.length)
+        q_latent = ops.rms_norm(ops.linear(x, self.wq_a), self.q_norm, c.rms_norm_eps)
+        q = ops.linear(q_latent, self.wq_b).view(*shape, c.num_attention_heads, c.head_dim)
+        q = ops.norm_rope(q, torch.ones(c.head_dim), c.rms_norm_eps, cos, sin)
+        kv = ops.linear(x, self.wkv).view(*shape, 1, c.head_dim)
+        rows = self._kept(ops.norm_rope(kv, self.kv_norm.data, c.rms_norm_eps, cos, sin)[:, :, 0])
+        out = self._attend(q, rows, x, q_latent, step)
+        out = ops.rotate(out, cos, -sin)
+        return ops.linear(ops.grouped_linear(out.view(x.shape[0], c.o_groups, -1), self.wo_a), self.wo_b)
+
+    def _attend(self, q: Tensor, rows: Tensor, x: Tensor, q_latent: Tensor, step: Batch) -> Tensor:  # type: ignore[override]
+        entries, chosen = rows[:, :0], None
+        if self.compressor is not None:
+            entries = self._kept(self._entries(self.compressor, x, step))
+        teach = self.indexer is not None and step.dense
+        if self.indexer is not None and (teach or entries.shape[1] > self.config.index_topk):
+            index = self._index(x.detach(), q_latent.detach(), step)
+            chosen = None if step.dense else best_entries(*index, self.config.index_topk)
+        scale = float(self.config.head_dim) ** -0.5
+        out, shares = attend(q, rows, entries, self.attn_sink.data, chosen, self.layer.ratio, scale, teach)
+        if teach:
+            step.index_losses.append(_index_loss(*index, shares))
+        return out
+
+    def _tables(self, length: int) -> tuple[Tensor, Tensor]:
+        if length not in self.tables:
+            cos, sin = rope_tables(length, rope_frequencies(self.layer.rope))
+            self.tables[length] = cos[:, None], sin[:, None]
+        return self.tables[length]
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return stored_rows(rows, self.row) if self.owner.quantised else rows
+
+    def _entries(self, compressor: Compressor, x: Tensor, step: Batch) -> Tensor:
+        """All complete groups of each sequence, pooled, normed and rotated: [sequences, entries, width]."""
+        ops, ratio = self.fast, self.layer.ratio
+        count = step.length // ratio
+        values, gates = (
+            ops.linear(x, w).view(step.sequences, step.length, -1)[:, : count * ratio].unflatten(1, (count, ratio))
+            for w in (compressor.wkv, compressor.wgate)
+        )
+        pooled = ops.pool(values, gates, compressor.ape.data, self.layer.attention == "csa")[:, :, None]
+        cos, sin = (table[: count * ratio : ratio] for table in self._tables(step.length))
+        out: Tensor = ops.norm_rope(pooled, compressor.norm.data, self.config.rms_norm_eps, cos, sin)[:, :, 0]
+        return out
+
+    def _index(self, x: Tensor, q_latent: Tensor, step: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Index queries [B, S, heads, dim], weights [B, S, heads] and keys [B, E, dim]; only they learn from these."""
+        c, ops, indexer = self.config, self.fast, self.indexer
+        assert indexer is not None
+        assert self.key is not None
+        keys = self._entries(indexer.compressor, x, step)
+        q = ops.linear(q_latent, indexer.wq_b).view(step.sequences, step.length, c.index_n_heads, c.index_head_dim)
+        q = ops.rotate(q, *self._tables(step.length))
+        if self.owner.quantised:
+            q, keys = (stored_rows(reference.hadamard(t.float()).to(t.dtype), self.key) for t in (q, keys))
+        weights = ops.linear(x, indexer.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
+        return q, weights.view(step.sequences, step.length, -1), keys
+
+
+def _scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """Sum over heads of weight * relu(q . key): [B, queries, E]."""
+    sequences, queries, heads, dim = q.shape
+    raw = torch.bmm(q.reshape(sequences, queries * heads, dim), keys.mT).relu_()
+    return torch.bmm(weights.reshape(sequences * queries, 1, heads), raw.view(sequences * queries, heads, -1)).view(
+        sequences, queries, -1
+    )
+
+
+def _hidden(positions: Tensor, entries: int, ratio: int) -> Tensor:
+    return torch.arange(entries) >= ((positions + 1) // ratio)[:, None]
+
+
+@torch.no_grad()
+def best_entries(q: Tensor, weights: Tensor, keys: Tensor, topk: int) -> Tensor:
+    """The visible entries with the topk best scores, as bool [B, S, E]."""
+    sequences, length, entries = q.shape[0], q.shape[1], keys.shape[1]
+    ratio = length // entries
+    chosen = torch.zeros(sequences, length, entries, dtype=torch.bool)
+    for first in range(0, length, 512):
+        part = slice(first, min(first + 512, length))
+        count = min(part.stop // ratio, entries)
+        hidden = _hidden(torch.arange(part.start, part.stop), count, ratio)
+        scores = _scores(q[:, part], weights[:, part], keys[:, :count]).masked_fill_(hidden, -torch.inf)
+        best = scores.topk(min(topk, count), -1, sorted=False).indices
+        chosen[:, part, :count].scatter_(-1, best, True)
+        chosen[:, part, :count] &= ~hidden
+    return chosen
+
+
+def _index_loss(q: Tensor, weights: Tensor, keys: Tensor, shares: Tensor) -> Tensor:
+    """Cross entropy of the indexer's softmax against the attention's shares, for a part of the queries."""
+    length, entries = q.shape[1], keys.shape[1]
+    positions = torch.arange(INDEX_LOSS_STRIDE - 1, length, INDEX_LOSS_STRIDE)
+    hidden = _hidden(positions, entries, length // entries)
+    scores = _scores(q[:, positions], weights[:, positions], keys).float().masked_fill(hidden, -1e9)
+    target = shares[:, positions].float()
+    target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
+    loss = -(target * scores.log_softmax(-1)).sum(-1).mean()
+    entropy = -(target * target.clamp(min=1e-9).log()).sum(-1).mean()
+    return loss - entropy
