@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import time
 from dataclasses import asdict, dataclass
+from multiprocessing import connection
 from pathlib import Path
 from threading import Barrier
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from tenfold import checkpoint
 from tenfold.config import DeepseekV4Config
+from tenfold.errors import RunError
 from tenfold.formats import BF16, FP8_BLOCK, MXFP4, WeightFormat
 from training.bpe import END_ID
 from training.data import WORK
@@ -474,8 +476,15 @@ def run(config: DeepseekV4Config, plan: Plan, work: Path) -> None:
     workers = [context.Process(target=_work, args=values) for values in arguments]
     for process in workers:
         process.start()
-    for process in workers:
-        process.join()
+    while alive := [process.sentinel for process in workers if process.is_alive()]:
+        connection.wait(alive)
+        if any(process.exitcode for process in workers):
+            meet.abort()  # else the others would wait for it for ever
+    if any(process.exitcode for process in workers):
+        raise RunError(
+            "a worker of the training run failed, its error stands above; expected all to train until the time is "
+            "over: mend the cause and start again, the run goes on from its last checkpoint"
+        )
 
 
 def main() -> None:
