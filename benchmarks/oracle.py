@@ -62,7 +62,7 @@ def main() -> int:
     options = parse()
     torch.set_num_threads(1)  # tiny matrices only lose by a second one
     started_s = time.monotonic()
-    rows = list(judge_all(options.networks, options.first))
+    rows = list(judge_all(options.networks, options.first, options.backend))
     verdict = summary(rows, options, time.monotonic() - started_s)
     write(options.results, rows, verdict)
     print(json.dumps({key: verdict[key] for key in ("passed", "networks", "comparisons", "worst_relative", "seconds")}))
@@ -74,17 +74,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--networks", type=int, default=44, help="networks of each family (44)")
     parser.add_argument("--first", type=int, default=0, help="number of the first network (0)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where to write")
+    parser.add_argument("--backend", default="reference", help="reference or cpu (reference)")
     return parser.parse_args()
 
 
-def judge_all(networks: int, first: int) -> Iterator[dict[str, Any]]:
+def judge_all(networks: int, first: int, backend: str) -> Iterator[dict[str, Any]]:
     """One row per network and prompt; progress goes to stderr."""
     for family in FAMILIES:
         for seed in range(first, first + networks):
             started_s = time.monotonic()
             case = make_case(family, seed)
             with tempfile.TemporaryDirectory() as folder:
-                outcomes = judge(Network.build(case, Path(folder)), PROMPTS, DECODED)
+                outcomes = judge(Network.build(case, Path(folder)), PROMPTS, DECODED, backend)
             report(case, outcomes, time.monotonic() - started_s)
             yield from (row(case, outcome) for outcome in outcomes)
 
@@ -132,6 +133,7 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace, seconds: fl
         "tie": f"scores of rows or experts within {TIE:g} of the largest; there the oracle's choice was followed",
         "prompts": PROMPTS,
         "decoded": DECODED,
+        "backend": options.backend,
         "numerics": "exact, float32",
         "seconds": round(seconds),
         "date": datetime.now(UTC).date().isoformat(),
@@ -156,11 +158,12 @@ def commit() -> str:
 
 
 def write(folder: Path, rows: list[dict[str, Any]], verdict: dict[str, Any]) -> None:
-    with (folder / "oracle.csv").open("w", newline="", encoding="utf-8") as file:
+    stem = "oracle" if verdict["backend"] == "reference" else f"oracle-{verdict['backend']}"
+    with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, FIELDS, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
-    (folder / "oracle.json").write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.json").write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from tenfold import Engine, SamplingParams
 from tenfold import config as configuration
 from tenfold.engine import Session, parse_bytes
 from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, UsageError
-from tenfold.ops import reference
 from tenfold.synth import synth
 
 SHARED: dict[str, Any] = {
@@ -97,14 +97,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="module")
-def load(folders: dict[str, Path]) -> Load:
-    """Engines by network and numerics, each loaded once."""
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def load(folders: dict[str, Path], request: pytest.FixtureRequest) -> Load:
+    """Engines of one backend by network and numerics, each loaded once."""
+    backend: str = request.param
     engines: dict[tuple[str, str], Engine] = {}
 
     def get(name: str, numerics: str = "deployed") -> Engine:
         if (name, numerics) not in engines:
-            engines[name, numerics] = Engine.load(folders[name], numerics=numerics)  # type: ignore[arg-type]
+            engines[name, numerics] = Engine.load(folders[name], backend=backend, numerics=numerics)  # type: ignore[arg-type]
         return engines[name, numerics]
 
     return get
@@ -210,7 +211,7 @@ def test_numerics_make_a_difference(load: Load) -> None:
 
 def test_little_memory_gives_the_same_logits(folders: dict[str, Path], load: Load) -> None:
     for name, folder in folders.items():
-        lean = Engine.load(folder, memory="64K")
+        lean = Engine.load(folder, backend=load(name, "deployed").backend, memory="64K")
         ids = text(70)
         assert lean.chunk_tokens == 16
         assert torch.equal(lean.session(70).feed(ids, logits="all"), in_one_pass(load(name, "deployed"), ids))
@@ -346,10 +347,11 @@ SITES = {
 class Tripwire:
     """Raises at the k-th call of an operation, once."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, site: str) -> None:
-        self.operation = getattr(reference, site)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str, site: str) -> None:
+        operations = sys.modules[f"tenfold.ops.{backend}"]
+        self.operation = getattr(operations, site)
         self.calls, self.trip_at, self.error = 0, 0, RuntimeError("tripped")
-        monkeypatch.setattr(reference, site, self)
+        monkeypatch.setattr(operations, site, self)
 
     def arm(self, call: int, error: BaseException) -> None:
         self.calls, self.trip_at, self.error = 0, call, error  # type: ignore[assignment]
@@ -366,7 +368,7 @@ def test_a_pass_cut_short_leaves_no_trace(load: Load, monkeypatch: pytest.Monkey
     engine, ids = load(name, "deployed"), text(60)
     whole = in_one_pass(engine, ids)
     session = engine.session(60)
-    wire = Tripwire(monkeypatch, site)
+    wire = Tripwire(monkeypatch, engine.backend, site)
     for length, count in ((0, 13), (30, 1), (31, 14), (3, 1)):
         session.rewind(0)
         if length:
@@ -391,7 +393,7 @@ def test_whatever_follows_a_pass_cut_short_is_right(v4: Engine, monkeypatch: pyt
     session, other = v4.session(60), v4.session(60)
     session.feed(ids[:30])
     state = session.snapshot()
-    wire = Tripwire(monkeypatch, "hc_merge")
+    wire = Tripwire(monkeypatch, other.engine.backend, "hc_merge")
     wire.arm(5, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         v4.step({session: ids[30:40], other: ids[:7]})
@@ -424,7 +426,7 @@ def test_a_recovery_that_is_cut_short_loses_no_tokens(load: Load, monkeypatch: p
     session = engine.session(200)
     for token in ids[:length]:
         session.feed([token])
-    wire = Tripwire(monkeypatch, "hc_merge")
+    wire = Tripwire(monkeypatch, session.engine.backend, "hc_merge")
     for _ in range(3):
         wire.arm(3, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
@@ -439,7 +441,7 @@ def test_a_rewind_that_is_cut_short_can_be_repeated(v4: Engine, monkeypatch: pyt
     whole = in_one_pass(v4, ids)
     session = v4.session(100)
     session.feed(ids)
-    wire = Tripwire(monkeypatch, "hc_merge")
+    wire = Tripwire(monkeypatch, session.engine.backend, "hc_merge")
     wire.arm(3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         session.rewind(90)

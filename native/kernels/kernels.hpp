@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "rows.hpp"
+
 namespace tenfold {
 
 // One line of a table; the last line has no name. `run` is cast back to the kernel's own type by the caller.
@@ -30,6 +32,64 @@ namespace TENFOLD_ISA {
 // out[r, :] = weight * x[r, :] / sqrt(mean(x[r, :]^2) + eps); rows are dense, out may be x, width >= 1.
 void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps,
               int32_t threads);
+
+// y[t, g * out + o] = x[t, g, :] . weight[g * out + o, :] for a weight as it is stored (product.hpp has the formats);
+// in >= 1. `panels` has room for slice * groups * padded(in) numbers; the rows are taken `slice` at a time.
+void linear(const float* x, const void* codes, const void* scale, float* y, float* panels, int64_t n, int64_t groups,
+            int64_t out, int64_t in, int64_t slice, int32_t format, int32_t threads);
+
+// out[t, :] = sum over i of weights[t, i] * w2 (silu(w1 x[t]) * w3 x[t]) of expert ids[t, i], in the order of expert
+// ids, gate and up clamped by `limit`. `addresses` holds codes and scales of w1, w2, w3 by expert; `pairs_memory`
+// room for 2 * n * topk + num_experts + 1 numbers, `memory` for slice * (padded(hidden) + 2 * inner + padded(inner)).
+void experts(const float* x, const int64_t* ids, const float* weights, const void* const* addresses, float* out,
+             int32_t* pairs_memory, float* memory, int64_t n, int64_t topk, int64_t num_experts, int64_t hidden,
+             int64_t inner, int64_t slice, int32_t gate_format, int32_t down_format, float limit, int32_t threads);
+
+// out[n, heads, value_dim] = softmax(scale * q . rows and sink) over all rows of all sources; sink [heads] or null.
+// refused: the first source that lists a row it does not have, and nothing is done, or -1.
+void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, const float* sink, float* out,
+                      int64_t n, int64_t heads, int64_t width, int64_t value_dim, float scale, int32_t* refused,
+                      int32_t threads);
+
+// out[n, k] = of the first visible[i] keys the k rows with the largest sum over heads of weights * relu(q . key),
+// ascending, -1 at the end; of equal ones the smaller row. q [n, heads, dim], weights [n, heads].
+void select_rows(const float* q, const float* weights, const uint8_t* keys, const RowLayout* layout,
+                 const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
+                 int32_t threads);
+
+// Rows to their packed form and back, bit for bit as the reference.
+void pack_rows(const float* x, const RowLayout* layout, uint8_t* out, int64_t rows, int32_t threads);
+void unpack_rows(const uint8_t* packed, const RowLayout* layout, float* out, int64_t rows, int32_t threads);
+
+// Hyper-connections of up to 8 streams. streams [n, m, d]; fn [outputs, m * d], base [outputs] and mixed (scratch)
+// [n, outputs] with outputs = (2 + m) * m for mix, m for collapse; scale [3] and [1]; x [n, d]; post [n, m];
+// combination [n, m, m]; y [n, d]. Sums run over the combination's first index.
+void hc_mix(const float* streams, const float* fn, const float* base, const float* scale, float* x, float* post,
+            float* combination, float* mixed, int64_t n, int64_t m, int64_t d, float norm_eps, float eps,
+            int64_t iterations, int32_t threads);
+void hc_collapse(const float* streams, const float* fn, const float* base, const float* scale, float* x, float* mixed,
+                 int64_t n, int64_t m, int64_t d, float norm_eps, float eps, int32_t threads);
+void hc_merge(const float* streams, const float* y, const float* post, const float* combination, float* out, int64_t n,
+              int64_t m, int64_t d, int32_t threads);
+
+// Turns [n, rows, 2 * pairs], rows and tokens as far apart as said, to dense out; up to 256 pairs.
+void rope(const float* x, const int64_t* positions, const float* frequencies, float* out, int64_t n, int64_t rows,
+          int64_t pairs, int64_t token_stride, int64_t row_stride, int32_t inverse, int32_t interleaved,
+          int32_t threads);
+
+// out[row] = x[row] times the orthonormal Sylvester-Hadamard matrix; width is a power of two.
+void hadamard(const float* x, float* out, int64_t rows, int64_t width, int32_t threads);
+
+// out [entries, dim] = values pooled by softmax of gates over [groups, ratio] tokens; entries = groups, or with
+// overlap groups - 1, each of the first dim channels of a group and the last dim channels of the next.
+void compress(const float* values, const float* gates, float* out, int64_t groups, int64_t ratio, int64_t dim,
+              int64_t group_stride, int64_t row_stride, int32_t overlap, int32_t threads);
+
+// Scores of logits [n, experts] (square root of softplus, or sigmoid); where ids [n, topk] are not `chosen` already,
+// the best by score + bias (or null) within the best groups; weights [n, topk] = scores, normed, times scaling.
+void route(const float* logits, const float* bias, int64_t* ids, float* weights, int64_t n, int64_t experts,
+           int64_t topk, int64_t groups, int64_t topk_group, float scaling, int32_t softplus, int32_t chosen,
+           int32_t threads);
 
 }  // namespace TENFOLD_ISA
 #endif

@@ -30,7 +30,8 @@ class Check:
 def examine() -> dict[str, Any]:
     """The machine and all checks, as plain data."""
     machine = this_machine()
-    checks = [_python(), *_packages(), _kernels(), *_backends(machine)]
+    kernels = _kernels()
+    checks = [_python(), *_packages(), kernels, *_backends(machine, kernels)]
     return {"machine": asdict(machine), "checks": [asdict(check) for check in checks]}
 
 
@@ -68,10 +69,11 @@ def _kernels() -> Check:
     return Check("native kernels", "ok", f"{chosen} (this machine can run {', '.join(available)})")
 
 
-def _backends(machine: Machine) -> list[Check]:
+def _backends(machine: Machine, kernels: Check) -> list[Check]:
     gpus = ", ".join(gpu.name for gpu in machine.gpus) or "no GPU found"
+    built = kernels.state == "ok"
     return [
-        Check("backend reference", "ok", "plain torch, float32; what `auto` chooses"),
-        Check("backend cpu", "missing", "not part of this version"),
+        Check("backend cpu", kernels.state, "the native kernels; what `auto` chooses" if built else "not built"),
+        Check("backend reference", "ok", "plain torch, float32" + ("" if built else "; what `auto` chooses")),
         Check("backend triton", "missing", f"not part of this version; {gpus}"),
     ]

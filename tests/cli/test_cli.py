@@ -64,7 +64,8 @@ def test_run_json_tells_everything(model: Path, tmp_path: Path) -> None:
     assert len(report["logprobs"][0]["top"]) == 2
     assert report["kv_bytes"]["window"] > 0
     assert report["prompt_tokens"] > 300
-    assert report["backend"] == "reference"
+    assert report["backend"] == "cpu"
+    assert found("run", model, "Which?", "--max-tokens", 1, "--backend", "reference")["backend"] == "reference"
 
 
 def test_run_reads_stdin_like_a_file(model: Path, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_doctor_finds_the_kernels_and_names_what_is_missing() -> None:
     shown = found("doctor")
     states = {check["name"]: check["state"] for check in shown["checks"]}
     assert states["native kernels"] == "ok"
-    assert states["backend reference"] == "ok"
+    assert states["backend cpu"] == states["backend reference"] == "ok"
     assert all(check["mend"] for check in shown["checks"] if check["state"] == "broken")
     assert call("doctor").exit_code == 0
 

@@ -314,13 +314,13 @@ class Outcome:
         return self.max_difference / self.max_logit
 
 
-def judge(network: Network, prompts: Sequence[int], decoded: int) -> list[Outcome]:
+def judge(network: Network, prompts: Sequence[int], decoded: int, backend: str = "reference") -> list[Outcome]:
     """All prompts batched through `Engine.step`, then `decoded` tokens one by one, against the oracle.
 
-    Also checks that the official layout gives the same logits, to the bit.
+    Also checks that the official layout gives the same logits: to the bit on the reference backend.
     """
     texts = {prompt: network.random_ids(prompt + decoded) for prompt in prompts}
-    engine = Engine.load(network.by_transformers, numerics="exact")
+    engine = Engine.load(network.by_transformers, backend=backend, numerics="exact")
     stepwise = _decode_batched(engine, texts, decoded)
     _check_official(network, engine, texts[max(prompts)])
     return [_compare(network, engine, ids, stepwise[prompt], prompt) for prompt, ids in texts.items()]
@@ -339,9 +339,12 @@ def _decode_batched(engine: Engine, texts: dict[int, list[int]], decoded: int) -
 
 
 def _check_official(network: Network, engine: Engine, ids: list[int]) -> None:
-    official = Engine.load(network.official, numerics="exact")
+    official = Engine.load(network.official, backend=engine.backend, numerics="exact")
     found, expected = (each.session(len(ids)).feed(ids, logits="all") for each in (official, engine))
-    assert torch.equal(found, expected), f"{network.case.name}: the official layout gives other logits"
+    # A kernel may sum in another order over other codes; the reference unpacks them first.
+    limit = 0.0 if engine.backend == "reference" else LIMIT * float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    assert difference <= limit, f"{network.case.name}: the official layout gives other logits, by {difference:.1e}"
 
 
 def _compare(network: Network, engine: Engine, ids: list[int], found: Tensor, prompt: int) -> Outcome:

@@ -28,18 +28,20 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("seed", [1, 3, 12, 15])
-def test_v4_agrees_with_transformers(seed: int, tmp_path: Path) -> None:
-    expect_agreement(make_case("v4", seed), tmp_path)
+def test_v4_agrees_with_transformers(seed: int, tmp_path: Path, backend: str) -> None:
+    expect_agreement(make_case("v4", seed), tmp_path, backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("seed", [1, 2, 3, 11])
-def test_v32_agrees_with_transformers(seed: int, tmp_path: Path) -> None:
-    expect_agreement(make_case("v3.2", seed), tmp_path)
+def test_v32_agrees_with_transformers(seed: int, tmp_path: Path, backend: str) -> None:
+    expect_agreement(make_case("v3.2", seed), tmp_path, backend)
 
 
-def expect_agreement(case: Case, folder: Path) -> None:
-    for outcome in judge(Network.build(case, folder), PROMPTS, DECODED):
+def expect_agreement(case: Case, folder: Path, backend: str) -> None:
+    for outcome in judge(Network.build(case, folder), PROMPTS, DECODED, backend):
         assert outcome.positions == DECODED + 1
         assert outcome.max_logit > 0.1, "logits this small prove nothing"
         assert outcome.relative <= NOISE < LIMIT, outcome

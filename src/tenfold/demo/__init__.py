@@ -58,7 +58,9 @@ def show(text: str | None, *, max_tokens: int, seed: int, quiet: bool) -> dict[s
     if not quiet:
         _introduce(document, ids, engine)
     v4 = _read(MODEL, session, ids)
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=0.7, top_p=0.95)
+    # The document ends where a new one may begin: without its end mark the model goes on with this one.
+    bias = dict.fromkeys(engine.config.eos_token_id, -100.0)
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=0.7, top_p=0.95, logit_bias=bias)
     completion = Completion(session, tokenizer, Parser(Profile.PLAIN), params)
     continuation = "".join(event.text for event in completion)
     if not quiet:

@@ -73,11 +73,11 @@ class Attention:
     def _absorbed(self, bind: Binder, name: str) -> tuple[Weight, Weight]:
         """kv_b_proj as two grouped projections, one a head: nope -> latent for keys, latent -> value."""
         c = self.config
-        dense = bind.ops.prepare(bind.take(name), True).data.float()
+        dense = bind.ops.dequantize(bind.take(name))
         heads = dense.view(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
         k_up, v_up = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        k_up = k_up.transpose(1, 2).reshape(-1, c.qk_nope_head_dim)
-        v_up = v_up.reshape(-1, c.kv_lora_rank)
+        k_up = k_up.transpose(1, 2).reshape(-1, c.qk_nope_head_dim).contiguous()
+        v_up = v_up.reshape(-1, c.kv_lora_rank).contiguous()
         return Weight(name, tuple(k_up.shape), F32, k_up), Weight(name, tuple(v_up.shape), F32, v_up)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
+from tenfold import _native
 from tenfold.errors import BackendMissing, UsageError
 from tenfold.formats import RowLayout, WeightFormat
 
@@ -20,7 +21,7 @@ __all__ = ["BACKENDS", "Experts", "Ops", "Rows", "Weight", "select"]
 BACKENDS = ("reference", "cpu", "triton")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
     """A weight as it is stored: codes in `data`, block scales in `scale`; `shape` is the logical (out, in)."""
 
@@ -31,7 +32,7 @@ class Weight:
     scale: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Experts:
     """The routed experts of one layer: gate (`w1`), down (`w2`) and up (`w3`) projections by expert."""
 
@@ -66,6 +67,9 @@ class Ops(Protocol):
 
     def prepare(self, weight: Weight, resident: bool) -> Weight:
         """The weight in the form this backend likes best; `resident` allows it to be unpacked in memory."""
+
+    def dequantize(self, weight: Weight) -> Tensor:
+        """The weight unpacked: float32 of its logical shape."""
 
     def embed(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids int64 [n] -> [n, hidden]."""
@@ -187,11 +191,29 @@ class Ops(Protocol):
 
 
 def select(name: str) -> tuple[str, Ops]:
-    """The backend called `name`, with the name it resolves to; one that is missing is an error, never replaced."""
-    if name in ("auto", "reference"):
+    """The backend called `name`, with the name it resolves to; one that is missing is an error, never replaced.
+
+    `auto` is cpu where the native library is built, else reference.
+    """
+    if name == "auto":
+        name = "cpu" if _is_built() else "reference"
+    if name == "reference":
         from tenfold.ops import reference
 
-        return "reference", cast(Ops, reference)
+        return name, cast(Ops, reference)
+    if name == "cpu":
+        from tenfold.ops import cpu
+
+        _native.isa()  # raises BackendMissing with the command to build it
+        return name, cast(Ops, cpu)
     if name in BACKENDS:
-        raise BackendMissing(f"backend {name!r} is not part of this version; use --backend reference")
+        raise BackendMissing(f"backend {name!r} is not part of this version; use --backend cpu or reference")
     raise UsageError(f"unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}")
+
+
+def _is_built() -> bool:
+    try:
+        _native.library_path()
+    except BackendMissing:
+        return False
+    return True

@@ -1,0 +1,453 @@
+// Attention over packed rows, one softmax over all sources of a query and a sink.
+//
+// Rows are taken in blocks that fit the cache: decoded once, then scored and summed for all heads, and for the
+// queries of a tile. Scores are in units of log2, and the reference point of the running softmax is an integer:
+// changing it multiplies by a power of two, which rounds nothing. So how rows fall into blocks, which queries
+// share a tile and which thread does what leave no trace in the result, to the last bit.
+#include "decode_row.hpp"
+#include "kernels.hpp"
+#include "scratch.hpp"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int64_t block_rows = 48;   // decoded rows of 512 channels: 100 KB, within the second-level cache
+constexpr int64_t strip_rows = 12;   // of them, what is scored at a time: 25 KB, within the first
+constexpr int64_t group = 4;         // heads that go through the inner loops together
+constexpr float nothing = -1e9F;     // reference point before the first row
+constexpr float log2_e = 1.44269504088896341F;
+
+// 2^x for x within +-1/2, highest power first; relative error 1e-8 (Cephes).
+constexpr float exp2_terms[7] = {1.535336188319500e-4F, 1.339887440266574e-3F, 9.618437357674640e-3F,
+                                 5.550332471162809e-2F, 2.402264791363012e-1F, 6.931472028550421e-1F, 1.0F};
+
+struct Shape {
+    int64_t heads, width, value_dim;
+    int64_t row_stride;    // floats from one decoded row, or query head, to the next; behind `width` are zeros
+    int64_t value_stride;  // floats from one head's output to the next
+};
+
+// The running softmax of one query and some of its heads.
+struct Query {
+    float* q;       // [heads][row_stride], scaled to log2 units
+    float* values;  // [heads][value_stride]
+    float* top;     // [heads] reference points, integers
+    float* total;   // [heads]
+};
+
+// ------------------------------------------------------------------------------------------ inner loops
+
+#ifdef __AVX2__
+
+// The sums of four vectors.
+__m128 horizontal_sums(const __m256* v) {
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
+// scores[r][h] = row r . head h.
+template <int rows>
+void score_rows(const float* q, const float* k, int64_t stride, int64_t width, float* scores) {
+    __m256 sums[rows][group];
+    for (auto& row : sums) {
+        for (auto& sum : row) sum = _mm256_setzero_ps();
+    }
+    for (int64_t i = 0; i < width; i += 8) {
+        __m256 row[rows];
+        for (int r = 0; r < rows; ++r) row[r] = _mm256_load_ps(k + r * stride + i);
+        for (int h = 0; h < group; ++h) {
+            const __m256 head = _mm256_load_ps(q + h * stride + i);
+            for (int r = 0; r < rows; ++r) sums[r][h] = _mm256_fmadd_ps(head, row[r], sums[r][h]);
+        }
+    }
+    for (int r = 0; r < rows; ++r) _mm_store_ps(scores + r * group, horizontal_sums(sums[r]));
+}
+
+void score(const float* q, const float* k, int64_t rows, const Shape& s, float* scores) {
+    int64_t r = 0;
+    for (; r + 3 <= rows; r += 3) score_rows<3>(q, k + r * s.row_stride, s.row_stride, s.width, scores + r * group);
+    for (; r < rows; ++r) score_rows<1>(q, k + r * s.row_stride, s.row_stride, s.width, scores + r * group);
+}
+
+__m128 largest_by_head(const float* scores, int64_t rows) {
+    __m128 top = _mm_load_ps(scores);
+    for (int64_t r = 1; r < rows; ++r) top = _mm_max_ps(_mm_load_ps(scores + r * group), top);
+    return top;
+}
+
+// 2^exponent for integers up to 127; 0 from -127 down, and for NaN.
+__m256 power_of_two(__m256 exponent) {
+    const __m256i biased = _mm256_cvtps_epi32(_mm256_add_ps(_mm256_max_ps(exponent, _mm256_set1_ps(-127.0F)),
+                                                            _mm256_set1_ps(127.0F)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+// 2^(x - top). The fraction is taken from x alone, so another top gives the same digits.
+__m256 share(__m256 x, __m256 top) {
+    const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 part = _mm256_sub_ps(x, whole);
+    __m256 sum = _mm256_set1_ps(exp2_terms[0]);
+    for (int i = 1; i < 7; ++i) sum = _mm256_fmadd_ps(sum, part, _mm256_set1_ps(exp2_terms[i]));
+    return _mm256_mul_ps(sum, power_of_two(_mm256_sub_ps(whole, top)));
+}
+
+float share_of(float x, float top) { return _mm256_cvtss_f32(share(_mm256_set1_ps(x), _mm256_set1_ps(top))); }
+
+float power_of_two(float exponent) { return _mm256_cvtss_f32(power_of_two(_mm256_set1_ps(exponent))); }
+
+float next_integer(float x) { return _mm_cvtss_f32(_mm_ceil_ps(_mm_set_ss(x))); }
+
+// scores become shares; their sum is added to the total of each head, row by row.
+void to_shares(float* scores, int64_t rows, const float* top, float* total) {
+    const __m256 tops = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(top));
+    __m128 sums = _mm_loadu_ps(total);
+    if (rows % 2 != 0) _mm_store_ps(scores + rows * group, _mm_setzero_ps());
+    for (int64_t r = 0; r < rows; r += 2) {
+        const __m256 shares = share(_mm256_load_ps(scores + r * group), tops);
+        _mm256_store_ps(scores + r * group, shares);
+        sums = _mm_add_ps(sums, _mm256_castps256_ps128(shares));
+        if (r + 1 < rows) sums = _mm_add_ps(sums, _mm256_extractf128_ps(shares, 1));
+    }
+    _mm_storeu_ps(total, sums);
+}
+
+// values[h][0 .. 8 vectors) += sum over rows of shares[r][h] * v[r].
+template <int vectors>
+void add_values(const float* shares, const float* v, int64_t rows, const Shape& s, float* values) {
+    __m256 sums[group][vectors];
+    for (int h = 0; h < group; ++h) {
+        for (int i = 0; i < vectors; ++i) sums[h][i] = _mm256_load_ps(values + h * s.value_stride + 8 * i);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        __m256 row[vectors];
+        for (int i = 0; i < vectors; ++i) row[i] = _mm256_load_ps(v + r * s.row_stride + 8 * i);
+        for (int h = 0; h < group; ++h) {
+            const __m256 weight = _mm256_broadcast_ss(shares + r * group + h);
+            for (int i = 0; i < vectors; ++i) sums[h][i] = _mm256_fmadd_ps(weight, row[i], sums[h][i]);
+        }
+    }
+    for (int h = 0; h < group; ++h) {
+        for (int i = 0; i < vectors; ++i) _mm256_store_ps(values + h * s.value_stride + 8 * i, sums[h][i]);
+    }
+}
+
+constexpr int64_t value_tile = 24;
+
+void add_value_tile(const float* shares, const float* v, int64_t rows, const Shape& s, int64_t count, float* values) {
+    if (count > 16) add_values<3>(shares, v, rows, s, values);
+    else if (count > 8) add_values<2>(shares, v, rows, s, values);
+    else add_values<1>(shares, v, rows, s, values);
+}
+
+void multiply(float* x, int64_t count, float factor) {
+    const __m256 factors = _mm256_set1_ps(factor);
+    for (int64_t i = 0; i < count; i += 8) _mm256_store_ps(x + i, _mm256_mul_ps(_mm256_load_ps(x + i), factors));
+}
+
+#else
+
+void score(const float* q, const float* k, int64_t rows, const Shape& s, float* scores) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t h = 0; h < group; ++h) {
+            float sum = 0.0F;
+            for (int64_t i = 0; i < s.width; ++i) sum += q[h * s.row_stride + i] * k[r * s.row_stride + i];
+            scores[r * group + h] = sum;
+        }
+    }
+}
+
+float power_of_two(float exponent) {
+    return from_bits(static_cast<uint32_t>((exponent > -127.0F ? exponent : -127.0F) + 127.0F) << 23);
+}
+
+float share_of(float x, float top) {
+    const float whole = __builtin_rintf(x), part = x - whole;
+    float sum = exp2_terms[0];
+    for (int i = 1; i < 7; ++i) sum = sum * part + exp2_terms[i];
+    return sum * power_of_two(whole - top);
+}
+
+float next_integer(float x) { return __builtin_ceilf(x); }
+
+void to_shares(float* scores, int64_t rows, const float* top, float* total) {
+    for (int64_t i = 0; i < rows * group; ++i) {
+        scores[i] = share_of(scores[i], top[i % group]);
+        total[i % group] += scores[i];
+    }
+}
+
+constexpr int64_t value_tile = 16;
+
+void add_value_tile(const float* shares, const float* v, int64_t rows, const Shape& s, int64_t count, float* values) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t h = 0; h < group; ++h) {
+            float* sums = values + h * s.value_stride;
+            for (int64_t i = 0; i < count; ++i) sums[i] += shares[r * group + h] * v[r * s.row_stride + i];
+        }
+    }
+}
+
+void multiply(float* x, int64_t count, float factor) {
+    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+}
+
+#endif
+
+// ------------------------------------------------------------------------------------------ a query and a block
+
+// Gathered rows lie anywhere in memory: those of the next block are asked for while this one is computed, a few
+// cache lines at a time, since more at once than the core can have under way would stop it.
+struct Ahead {
+    const Rows& rows;
+    const int32_t* index;  // the next block's rows
+    int64_t count;
+    int64_t lines = (rows.layout.row_bytes + 127) / 64;  // a row may start within a line
+    int64_t asked = 0;
+
+    void ask(int64_t some) {
+        for (; some > 0 && asked < count * lines; --some, ++asked) {
+            const uint8_t* const row = rows.packed + index[asked / lines] * rows.layout.row_bytes;
+            const int64_t at = asked % lines * 64, last = rows.layout.row_bytes - 1;
+            __builtin_prefetch(row + (at < last ? at : last));
+        }
+    }
+};
+
+// Moves the reference points of four heads up to the largest score, and with them what was summed so far.
+void raise_tops(const float* scores, int64_t rows, const Query& query, int64_t head, const Shape& s) {
+    float largest[group];
+#ifdef __AVX2__
+    _mm_storeu_ps(largest, largest_by_head(scores, rows));
+#else
+    for (int64_t h = 0; h < group; ++h) {
+        largest[h] = scores[h];
+        for (int64_t r = 1; r < rows; ++r) {
+            if (scores[r * group + h] > largest[h]) largest[h] = scores[r * group + h];
+        }
+    }
+#endif
+    for (int64_t h = 0; h < group; ++h) {
+        const float top = next_integer(largest[h]);
+        float* const known = query.top + head + h;
+        if (!(top > *known)) continue;
+        const float factor = power_of_two(*known - top);
+        *known = top;
+        query.total[head + h] *= factor;
+        multiply(query.values + (head + h) * s.value_stride, s.value_dim, factor);
+    }
+}
+
+// All heads of a query against `rows` decoded rows; `scores` holds [heads / 4][block_rows][4].
+void attend_block(const Query& query, int64_t heads, const float* k, int64_t rows, const Shape& s, float* scores,
+                  Ahead* ahead) {
+    const int64_t steps = heads / group * ((rows + strip_rows - 1) / strip_rows);
+    const int64_t each = ahead == nullptr ? 0 : (ahead->count * ahead->lines + steps - 1) / steps;
+    for (int64_t r = 0; r < rows; r += strip_rows) {
+        const int64_t count = rows - r < strip_rows ? rows - r : strip_rows;
+        for (int64_t head = 0; head < heads; head += group) {
+            if (ahead != nullptr) ahead->ask(each);
+            float* const of_strip = scores + head * block_rows + r * group;
+            score(query.q + head * s.row_stride, k + r * s.row_stride, count, s, of_strip);
+        }
+    }
+    for (int64_t head = 0; head < heads; head += group) {
+        float* const of_group = scores + head * block_rows;
+        raise_tops(of_group, rows, query, head, s);
+        to_shares(of_group, rows, query.top + head, query.total + head);
+    }
+    for (int64_t i = 0; i < s.value_dim; i += value_tile) {
+        const int64_t count = s.value_dim - i < value_tile ? s.value_dim - i : value_tile;
+        for (int64_t head = 0; head < heads; head += group) {
+            float* const values = query.values + head * s.value_stride + i;
+            add_value_tile(scores + head * block_rows, k + i, rows, s, count, values);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------ a tile of queries
+
+// What a call is made of, and its split into tasks: tiles of queries times ranges of heads.
+struct Call {
+    const float* q;
+    const Rows* sources;
+    int64_t num_sources;
+    const float* sink;
+    float* out;
+    int64_t n;
+    float scale;
+    Shape shape;
+    int64_t tile, tiles, head_parts, part_heads;
+};
+
+struct Worker {
+    float *k, *scores, *q, *values, *top, *total;
+    const Call& call;
+
+    static int64_t bytes(const Call& c) {
+        const int64_t heads = c.tile * c.part_heads;
+        return Scratch::bytes_of<float>(block_rows * c.shape.row_stride) +
+               Scratch::bytes_of<float>(block_rows * c.part_heads) +
+               Scratch::bytes_of<float>(heads * c.shape.row_stride) +
+               Scratch::bytes_of<float>(heads * c.shape.value_stride) + 2 * Scratch::bytes_of<float>(heads);
+    }
+
+    Worker(Scratch& scratch, const Call& c)
+        : k(scratch.take<float>(block_rows * c.shape.row_stride)),
+          scores(scratch.take<float>(block_rows * c.part_heads)),
+          q(scratch.take<float>(c.tile * c.part_heads * c.shape.row_stride)),
+          values(scratch.take<float>(c.tile * c.part_heads * c.shape.value_stride)),
+          top(scratch.take<float>(c.tile * c.part_heads)),
+          total(scratch.take<float>(c.tile * c.part_heads)),
+          call(c) {}
+
+    Query query(int64_t i) const {
+        const int64_t head = i * call.part_heads;
+        return {q + head * call.shape.row_stride, values + head * call.shape.value_stride, top + head, total + head};
+    }
+
+    void run(int64_t task) const {
+        const int64_t first = task / call.head_parts * call.tile;
+        const int64_t count = call.n - first < call.tile ? call.n - first : call.tile;
+        const int64_t first_head = task % call.head_parts * call.part_heads;
+        const int64_t rest = call.shape.heads - first_head;
+        const int64_t heads = rest < call.part_heads ? rest : call.part_heads;
+        for (int64_t i = 0; i < count; ++i) begin(query(i), first + i, first_head, heads);
+        for (int64_t source = 0; source < call.num_sources; ++source) {
+            const Rows& rows = call.sources[source];
+            if (rows.columns < 0) attend_range(rows, first, count, heads);
+            else for (int64_t i = 0; i < count; ++i) attend_list(rows, first + i, query(i), heads);
+        }
+        for (int64_t i = 0; i < count; ++i) finish(query(i), first + i, first_head, heads);
+    }
+
+    // Heads behind the last one stay zero: they fill the last group of four.
+    void begin(const Query& to, int64_t row, int64_t first_head, int64_t heads) const {
+        const Shape& s = call.shape;
+        const float scale = call.scale * log2_e;
+        __builtin_memset(to.values, 0, static_cast<uint64_t>(call.part_heads * s.value_stride) * 4);
+        __builtin_memset(to.q, 0, static_cast<uint64_t>(call.part_heads * s.row_stride) * 4);
+        for (int64_t h = 0; h < heads; ++h) {
+            const float* const from = call.q + (row * s.heads + first_head + h) * s.width;
+            for (int64_t i = 0; i < s.width; ++i) to.q[h * s.row_stride + i] = from[i] * scale;
+        }
+        for (int64_t h = 0; h < call.part_heads; ++h) {
+            to.top[h] = nothing;
+            to.total[h] = 0.0F;
+            if (call.sink == nullptr || h >= heads) continue;
+            const float sink = call.sink[first_head + h] * log2_e;
+            if (!(sink > nothing)) continue;
+            to.top[h] = next_integer(sink);
+            to.total[h] = share_of(sink, to.top[h]);
+        }
+    }
+
+    // Blocks over the union of the tile's ranges; each query uses its own part of a block.
+    void attend_range(const Rows& rows, int64_t first, int64_t count, int64_t heads) const {
+        int64_t low = rows.start[first], high = rows.stop[first];
+        for (int64_t i = 1; i < count; ++i) {
+            if (rows.start[first + i] < low) low = rows.start[first + i];
+            if (rows.stop[first + i] > high) high = rows.stop[first + i];
+        }
+        for (int64_t from = low; from < high; from += block_rows) {
+            const int64_t to = from + block_rows < high ? from + block_rows : high;
+            for (int64_t row = from; row < to; ++row) {
+                decode_row(rows.packed + row * rows.layout.row_bytes, rows.layout,
+                           k + (row - from) * call.shape.row_stride);
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t start = rows.start[first + i] > from ? rows.start[first + i] : from;
+                const int64_t stop = rows.stop[first + i] < to ? rows.stop[first + i] : to;
+                if (start >= stop) continue;
+                const float* const seen = k + (start - from) * call.shape.row_stride;
+                attend_block(query(i), round_up(heads, group), seen, stop - start, call.shape, scores, nullptr);
+            }
+        }
+    }
+
+    void attend_list(const Rows& rows, int64_t row, const Query& to, int64_t heads) const {
+        const int32_t* const index = rows.index + row * rows.columns;
+        int64_t used = 0;
+        while (used < rows.columns && index[used] >= 0) ++used;
+        Ahead{rows, index, used < block_rows ? used : block_rows}.ask(block_rows);
+        for (int64_t from = 0; from < used; from += block_rows) {
+            const int64_t rest = used - from, count = rest < block_rows ? rest : block_rows, more = rest - count;
+            for (int64_t i = 0; i < count; ++i) {
+                decode_row(rows.packed + index[from + i] * rows.layout.row_bytes, rows.layout,
+                           k + i * call.shape.row_stride);
+            }
+            Ahead ahead{rows, index + from + count, more < block_rows ? more : block_rows};
+            attend_block(to, round_up(heads, group), k, count, call.shape, scores, &ahead);
+        }
+    }
+
+    void finish(const Query& from, int64_t row, int64_t first_head, int64_t heads) const {
+        const Shape& s = call.shape;
+        for (int64_t h = 0; h < heads; ++h) {
+            float* const to = call.out + (row * s.heads + first_head + h) * s.value_dim;
+            for (int64_t i = 0; i < s.value_dim; ++i) to[i] = from.values[h * s.value_stride + i] / from.total[h];
+        }
+    }
+};
+
+bool within(const Rows& rows, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        if (rows.columns < 0) {
+            const int64_t start = rows.start[i], stop = rows.stop[i];
+            if (start < stop && (start < 0 || stop > rows.num_rows)) return false;
+            continue;
+        }
+        const int32_t* const index = rows.index + i * rows.columns;
+        for (int64_t c = 0; c < rows.columns && index[c] >= 0; ++c) {
+            if (index[c] >= rows.num_rows) return false;
+        }
+    }
+    return true;
+}
+
+// Rows seen by all queries together, at most.
+int64_t count_rows(const Rows& rows, int64_t n) {
+    if (rows.columns >= 0) return n * rows.columns;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += rows.stop[i] > rows.start[i] ? rows.stop[i] - rows.start[i] : 0;
+    return count;
+}
+
+int64_t divided(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Few heads: more queries in a tile, so that a row is decoded for some 64 heads. Few tiles: heads are split too.
+void split_tasks(Call& call, int32_t threads) {
+    const int64_t heads = round_up(call.shape.heads, group);
+    const int64_t shared = heads >= 64 ? 1 : 64 / heads, share_each = divided(call.n, threads);
+    call.tile = shared < share_each ? shared : share_each;
+    call.tiles = divided(call.n, call.tile);
+    const int64_t parts = call.tiles < 2 * threads ? threads : 1;
+    call.part_heads = round_up(divided(heads, parts), group);
+    call.head_parts = divided(heads, call.part_heads);
+}
+
+}  // namespace
+
+void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, const float* sink, float* out,
+                      int64_t n, int64_t heads, int64_t width, int64_t value_dim, float scale, int32_t* refused,
+                      int32_t threads) {
+    *refused = -1;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < num_sources; ++i) {
+        rows += count_rows(sources[i], n);
+        if (within(sources[i], n)) continue;
+        *refused = static_cast<int32_t>(i);
+        return;
+    }
+    if (n == 0 || heads == 0) return;
+    if (rows * heads * width < 1 << 17) threads = 1;  // some 5 us: not worth a fork
+    const Shape shape{heads, width, value_dim, padded_stride(width), padded_stride(value_dim)};
+    Call call{q, sources, num_sources, sink, out, n, scale, shape, 0, 0, 0, 0};
+    split_tasks(call, threads);
+    share_tasks(call.tiles * call.head_parts, threads, [&call](const auto& next) {
+        Scratch scratch(Worker::bytes(call));
+        const Worker worker(scratch, call);
+        for (int64_t task = next(); task >= 0; task = next()) worker.run(task);
+    });
+}
+
+}  // namespace tenfold::TENFOLD_ISA

@@ -1,0 +1,538 @@
+// The lightning indexer: scores of stored keys against all index heads, and the best rows of each query.
+//
+// Keys are unpacked in chunks, for all queries of a tile; a chunk's scores are filtered by what a query already
+// has, so no scores are kept. Two ways to a dot product: where keys are e2m1 and a query lies on a grid as coarse
+// (as deployed numerics see to), whole numbers of eight bits, which is exact; else float32.
+#include "decode_row.hpp"
+#include "kernels.hpp"
+#include "scratch.hpp"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int64_t group = 4;         // heads that go through the inner loops together
+constexpr int64_t chunk_keys = 96;   // keys unpacked at a time: 12 KB as bytes, 48 KB as float32, of 128 channels
+constexpr int64_t float_keys = 24;   // keys of an inner loop over float32
+constexpr int64_t byte_keys = 16;    // keys of an inner loop over bytes
+constexpr int64_t most_queries = 16;
+
+// ------------------------------------------------------------------------------------------ the best rows
+
+// An order-preserving image of the score above the row's complement: of equal scores the smaller row is larger.
+uint64_t ranked(float score, int64_t row) {
+    const uint32_t bits = to_bits(score);
+    const uint32_t ordered = (bits >> 31) != 0 ? ~bits : bits | 0x80000000U;
+    return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(~row);
+}
+
+float score_of(uint64_t rank) {
+    const uint32_t ordered = static_cast<uint32_t>(rank >> 32);
+    return from_bits((ordered >> 31) != 0 ? ordered & 0x7fffffffU : ~ordered);
+}
+
+uint64_t middle_of(uint64_t a, uint64_t b, uint64_t c) {
+    if (a > b) return b > c ? b : a > c ? c : a;
+    return a > c ? a : b > c ? c : b;
+}
+
+// The k-th largest, k >= 1, of distinct ranks, which are reordered.
+uint64_t kth_largest(uint64_t* ranks, int64_t count, int64_t k) {
+    int64_t first = 0, last = count - 1;
+    while (first < last) {
+        const uint64_t pivot = middle_of(ranks[first], ranks[(first + last) / 2], ranks[last]);
+        int64_t i = first, j = last;
+        while (i <= j) {
+            while (ranks[i] > pivot) ++i;
+            while (ranks[j] < pivot) --j;
+            if (i > j) break;
+            const uint64_t kept = ranks[i];
+            ranks[i++] = ranks[j];
+            ranks[j--] = kept;
+        }
+        if (k - 1 <= j) last = j;
+        else if (k - 1 >= i) first = i;
+        else break;
+    }
+    return ranks[k - 1];
+}
+
+// Candidates for the best k rows, ascending; once more than k were seen, only scores above the k-th count.
+struct Best {
+    uint64_t* ranks;   // [capacity(k)]
+    uint64_t* sorted;  // [capacity(k)]
+    int64_t k;
+    int64_t count;
+    float threshold;
+
+    static int64_t capacity(int64_t k) { return 4 * k + 2 * chunk_keys; }
+
+    // A later row that equals the k-th has lost to it; before there are k, the threshold is NaN and all pass.
+    void add(const float* scores, int64_t scored, int64_t first_row) {
+        int64_t i = 0;
+#ifdef __AVX2__
+        const __m256 limit = _mm256_set1_ps(threshold);
+        for (; i + 8 <= scored; i += 8) {
+            int32_t passed = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(scores + i), limit, _CMP_NLE_UQ));
+            for (; passed != 0; passed &= passed - 1) {
+                const int64_t place = i + __builtin_ctz(static_cast<uint32_t>(passed));
+                ranks[count++] = ranked(scores[place], first_row + place);
+            }
+        }
+#endif
+        for (; i < scored; ++i) {
+            if (!(scores[i] <= threshold)) ranks[count++] = ranked(scores[i], first_row + i);
+        }
+        if (count + chunk_keys > capacity(k)) shrink();
+    }
+
+    void shrink() {
+        if (count <= k) return;
+        __builtin_memcpy(sorted, ranks, static_cast<uint64_t>(count) * sizeof(uint64_t));
+        const uint64_t worst = kth_largest(sorted, count, k);
+        int64_t kept = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            ranks[kept] = ranks[i];
+            kept += ranks[i] >= worst ? 1 : 0;
+        }
+        count = kept;
+        threshold = score_of(worst);
+    }
+};
+
+void write_rows(const uint64_t* ranks, int64_t count, int64_t k, int32_t* out) {
+    for (int64_t i = 0; i < k; ++i) out[i] = i < count ? static_cast<int32_t>(~static_cast<uint32_t>(ranks[i])) : -1;
+}
+
+// ------------------------------------------------------------------------------------------ float32
+
+#ifdef __AVX2__
+
+// Columns become rows: v[i] lane j <-> v[j] lane i.
+void transpose(__m256* v) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+
+// keys[c][lane ...] = rows[lane][c] for 8 rows of `stride` floats; keys of all channels lie float_keys apart.
+void spread_keys(const float* rows, int64_t stride, float* keys) {
+    for (int64_t c = 0; c < stride; c += 8) {
+        __m256 v[8];
+        for (int i = 0; i < 8; ++i) v[i] = _mm256_load_ps(rows + i * stride + c);
+        transpose(v);
+        for (int i = 0; i < 8; ++i) _mm256_store_ps(keys + (c + i) * float_keys, v[i]);
+    }
+}
+
+// scores of float_keys keys = sum over heads of weight * relu(head . key).
+void score_floats(const float* q, const float* weights, int64_t heads, int64_t dim, int64_t stride, const float* keys,
+                  float* scores) {
+    __m256 total[3] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t head = 0; head < heads; head += group) {
+        __m256 sums[group][3];
+        for (auto& row : sums) {
+            for (auto& sum : row) sum = _mm256_setzero_ps();
+        }
+        const float* const channels = q + head * stride;
+        for (int64_t c = 0; c < dim; ++c) {
+            const __m256 key[3] = {_mm256_load_ps(keys + c * float_keys), _mm256_load_ps(keys + c * float_keys + 8),
+                                   _mm256_load_ps(keys + c * float_keys + 16)};
+            for (int h = 0; h < group; ++h) {
+                const __m256 channel = _mm256_broadcast_ss(channels + h * stride + c);
+                for (int i = 0; i < 3; ++i) sums[h][i] = _mm256_fmadd_ps(channel, key[i], sums[h][i]);
+            }
+        }
+        for (int h = 0; h < group; ++h) {
+            const __m256 weight = _mm256_broadcast_ss(weights + head + h);
+            for (int i = 0; i < 3; ++i) {
+                total[i] = _mm256_fmadd_ps(_mm256_max_ps(sums[h][i], _mm256_setzero_ps()), weight, total[i]);
+            }
+        }
+    }
+    for (int i = 0; i < 3; ++i) _mm256_storeu_ps(scores + 8 * i, total[i]);
+}
+
+#else
+
+void spread_keys(const float* rows, int64_t stride, float* keys) {
+    for (int64_t i = 0; i < 8; ++i) {
+        for (int64_t c = 0; c < stride; ++c) keys[c * float_keys + i] = rows[i * stride + c];
+    }
+}
+
+void score_floats(const float* q, const float* weights, int64_t heads, int64_t dim, int64_t stride, const float* keys,
+                  float* scores) {
+    for (int64_t i = 0; i < float_keys; ++i) {
+        float total = 0.0F;
+        for (int64_t head = 0; head < heads; ++head) {
+            float sum = 0.0F;
+            for (int64_t c = 0; c < dim; ++c) sum += q[head * stride + c] * keys[c * float_keys + i];
+            if (!(sum < 0.0F)) total += weights[head] * sum;
+        }
+        scores[i] = total;
+    }
+}
+
+#endif
+
+// ------------------------------------------------------------------------------------------ bytes
+
+// 16 keys as bytes, twice their e2m1 value. Blocks of 32 channels one after another; in a block words of four
+// channels (even ones of a group of 8, then the odd ones) of the first eight keys, then of the others.
+struct ByteKeys {
+    int8_t* words;       // [dim / 4][16 keys][4]
+    int16_t* correction; // [dim / 32][16 keys][2]: -12 times the sum of the key's channels, for the query's offset
+    float* scales;       // [dim / 32][16 keys]
+};
+
+// A query as unsigned bytes: twice its value in units of the block's scale, plus 12; channels in the keys' order.
+struct ByteQuery {
+    uint8_t* bytes;  // [heads][dim]
+    float* scales;   // [heads][dim / 32], with the factors of two of query and key
+};
+
+// One block of 32 channels; false if some number is not among the whole numbers from -12 to 12 halves of a scale.
+bool to_bytes(const float* x, uint8_t* bytes, float* scale) {
+    float largest = 0.0F;
+    for (int i = 0; i < 32; ++i) {
+        const float size = __builtin_fabsf(x[i]);
+        if (!(size <= largest)) largest = size;
+    }
+    const uint32_t exponent = to_bits(largest) >> 23;
+    if (exponent < 8 && largest != 0.0F) return false;
+    if (exponent > 250) return false;
+    // The largest is 4 to 8 times 2^(exponent - 129); twice as much is to be whole.
+    const float up = largest == 0.0F ? 0.0F : from_bits((257 - exponent) << 23);
+    *scale = largest == 0.0F ? 0.0F : from_bits((exponent - 4) << 23);  // three halvings: units, query and key
+    bool fits = true;
+    for (int i = 0; i < 32; ++i) {
+        const float doubled = x[i] * up;
+        const int32_t whole = doubled >= -12.0F && doubled <= 12.0F ? static_cast<int32_t>(doubled) : 13;
+        fits = fits && static_cast<float>(whole) == doubled;
+        bytes[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = static_cast<uint8_t>(whole + 12);
+    }
+    return fits;
+}
+
+#ifdef __AVX2__
+
+// Eight keys of half a tile; those that do not exist are rows of zeros.
+void spread_bytes(const uint8_t* const* rows, const RowLayout& layout, int64_t half, const ByteKeys& to) {
+    const __m256i doubled = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const __m256i low = _mm256_set1_epi8(15), offset = _mm256_set1_epi8(12);
+    for (int64_t c = 0; c < layout.coded; c += 64) {
+        __m256 v[8];
+        for (int i = 0; i < 8; ++i) v[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + c / 2));
+        transpose(v);
+        for (int block = 0; block < 2; ++block) {
+            __m256i sum = _mm256_setzero_si256();
+            for (int i = 0; i < 8; ++i) {
+                const __m256i pairs = _mm256_castps_si256(v[block * 4 + i / 2]);
+                const __m256i codes = _mm256_and_si256(i % 2 == 0 ? pairs : _mm256_srli_epi16(pairs, 4), low);
+                const __m256i values = _mm256_shuffle_epi8(doubled, codes);
+                int8_t* const words = to.words + ((c + block * 32) / 4 + i) * byte_keys * 4 + half * 32;
+                _mm256_store_si256(reinterpret_cast<__m256i*>(words), values);
+                sum = _mm256_sub_epi16(sum, _mm256_maddubs_epi16(offset, values));
+            }
+            int16_t* const correction = to.correction + (c / 32 + block) * byte_keys * 2 + half * 16;
+            _mm256_store_si256(reinterpret_cast<__m256i*>(correction), sum);
+        }
+    }
+    for (int64_t b = 0; b < layout.coded / 32; ++b) {
+        for (int i = 0; i < 8; ++i) to.scales[b * byte_keys + half * 8 + i] = stored_scale(rows[i], layout, b);
+    }
+}
+
+// sums[h] += head h . key over a block of 32 channels, for 16 keys. No sum leaves 16 bits: 24 * 12 * 2 * 8 < 2^15.
+// A function of its own, its loop not unrolled: else the compiler runs out of registers.
+__attribute__((noinline)) void add_block(const __m256i* words, const __m256i* start, const uint8_t* bytes, int64_t dim,
+                                         const float* key_scales, const float* scales, int64_t blocks, __m256* sums) {
+    __m256i first[group], second[group];
+    for (int h = 0; h < group; ++h) {
+        first[h] = start[0];
+        second[h] = start[1];
+    }
+#pragma GCC unroll 1
+    for (int i = 0; i < 8; ++i) {
+        for (int h = 0; h < group; ++h) {
+            int32_t word;
+            __builtin_memcpy(&word, bytes + h * dim + 4 * i, 4);
+            const __m256i four = _mm256_set1_epi32(word);
+            first[h] = _mm256_add_epi16(first[h], _mm256_maddubs_epi16(four, words[2 * i]));
+            second[h] = _mm256_add_epi16(second[h], _mm256_maddubs_epi16(four, words[2 * i + 1]));
+        }
+    }
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256 key_scale[2] = {_mm256_load_ps(key_scales), _mm256_load_ps(key_scales + 8)};
+    for (int h = 0; h < group; ++h) {
+        const __m256 scale = _mm256_broadcast_ss(scales + h * blocks);
+        const __m256 dots[2] = {_mm256_cvtepi32_ps(_mm256_madd_epi16(first[h], ones)),
+                                _mm256_cvtepi32_ps(_mm256_madd_epi16(second[h], ones))};
+        sums[2 * h] = _mm256_fmadd_ps(dots[0], _mm256_mul_ps(key_scale[0], scale), sums[2 * h]);
+        sums[2 * h + 1] = _mm256_fmadd_ps(dots[1], _mm256_mul_ps(key_scale[1], scale), sums[2 * h + 1]);
+    }
+}
+
+void score_bytes(const ByteQuery& query, const float* weights, int64_t heads, int64_t dim, const ByteKeys& keys,
+                 float* scores) {
+    const int64_t blocks = dim / 32;
+    const __m256i* const words = reinterpret_cast<const __m256i*>(keys.words);
+    const __m256i* const start = reinterpret_cast<const __m256i*>(keys.correction);
+    __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t head = 0; head < heads; head += group) {
+        __m256 sums[2 * group];
+        for (auto& sum : sums) sum = _mm256_setzero_ps();
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* const bytes = query.bytes + head * dim + 32 * b;
+            add_block(words + 16 * b, start + 2 * b, bytes, dim, keys.scales + byte_keys * b,
+                      query.scales + head * blocks + b, blocks, sums);
+        }
+        for (int h = 0; h < group; ++h) {
+            const __m256 weight = _mm256_broadcast_ss(weights + head + h);
+            for (int i = 0; i < 2; ++i) {
+                const __m256 positive = _mm256_max_ps(sums[2 * h + i], _mm256_setzero_ps());
+                total[i] = _mm256_fmadd_ps(positive, weight, total[i]);
+            }
+        }
+    }
+    for (int i = 0; i < 2; ++i) _mm256_storeu_ps(scores + 8 * i, total[i]);
+}
+
+bool has_byte_keys(const RowLayout& layout) {
+    return layout.code_bits == 4 && layout.block == 32 && layout.coded % 64 == 0 && layout.plain == 0;
+}
+
+#else
+
+// Bytes gain nothing without vectors: float32 is as exact, save for the order of a sum.
+void spread_bytes(const uint8_t* const*, const RowLayout&, int64_t, const ByteKeys&) {}
+void score_bytes(const ByteQuery&, const float*, int64_t, int64_t, const ByteKeys&, float*) {}
+bool has_byte_keys(const RowLayout&) { return false; }
+
+#endif
+
+// ------------------------------------------------------------------------------------------ a tile of queries
+
+// Tasks are tiles of queries times parts of the keys; there are parts only where there are fewer queries than threads.
+struct Call {
+    const float* q;
+    const float* weights;
+    const uint8_t* keys;
+    RowLayout layout;
+    const int64_t* visible;
+    int32_t* out;
+    int64_t n, heads, dim, k;
+    int64_t tile, parts;
+    uint64_t* part_ranks;  // [n][parts][k], for more than one part
+    int64_t* part_counts;  // [n][parts]
+
+    int64_t padded_heads() const { return round_up(heads, group); }
+    int64_t stride() const { return round_up(dim, 8); }
+    int64_t key_bytes() const { return chunk_keys * dim; }
+};
+
+struct Worker {
+    const Call& call;
+    float* float_keys_of_chunk;
+    float* rows;
+    float* q;
+    float* weights;
+    ByteKeys byte_keys_of_chunk;
+    ByteQuery byte_query;
+    uint8_t* no_key;
+    uint64_t *ranks, *sorted;
+    float* scores;
+    Best best[most_queries] = {};
+    bool exact[most_queries] = {};  // on the bytes' grid
+
+    static int64_t bytes(const Call& c) {
+        const int64_t heads = c.tile * c.padded_heads();
+        return Scratch::bytes_of<float>(chunk_keys * c.stride()) + Scratch::bytes_of<float>(8 * c.stride()) +
+               Scratch::bytes_of<float>(heads * c.stride()) + Scratch::bytes_of<float>(heads) +
+               Scratch::bytes_of<int8_t>(c.key_bytes()) + Scratch::bytes_of<int16_t>(c.key_bytes() / 16) +
+               Scratch::bytes_of<float>(c.key_bytes() / 32) + Scratch::bytes_of<uint8_t>(heads * c.dim) +
+               Scratch::bytes_of<float>(heads * c.dim / 32) + Scratch::bytes_of<uint8_t>(c.layout.row_bytes) +
+               Scratch::bytes_of<uint64_t>(c.tile * Best::capacity(c.k)) +
+               Scratch::bytes_of<uint64_t>(Best::capacity(c.k)) + Scratch::bytes_of<float>(chunk_keys);
+    }
+
+    Worker(Scratch& scratch, const Call& c)
+        : call(c),
+          float_keys_of_chunk(scratch.take<float>(chunk_keys * c.stride())),
+          rows(scratch.take<float>(8 * c.stride())),
+          q(scratch.take<float>(c.tile * c.padded_heads() * c.stride())),
+          weights(scratch.take<float>(c.tile * c.padded_heads())),
+          byte_keys_of_chunk{scratch.take<int8_t>(c.key_bytes()), scratch.take<int16_t>(c.key_bytes() / 16),
+                             scratch.take<float>(c.key_bytes() / 32)},
+          byte_query{scratch.take<uint8_t>(c.tile * c.padded_heads() * c.dim),
+                     scratch.take<float>(c.tile * c.padded_heads() * c.dim / 32)},
+          no_key(scratch.take<uint8_t>(c.layout.row_bytes)),
+          ranks(scratch.take<uint64_t>(c.tile * Best::capacity(c.k))),
+          sorted(scratch.take<uint64_t>(Best::capacity(c.k))),
+          scores(scratch.take<float>(chunk_keys)) {}
+
+    ByteQuery byte_query_of(int64_t i) const {
+        const int64_t head = i * call.padded_heads();
+        return {byte_query.bytes + head * call.dim, byte_query.scales + head * (call.dim / 32)};
+    }
+
+    ByteKeys byte_keys_from(int64_t key) const {
+        return {byte_keys_of_chunk.words + key * call.dim, byte_keys_of_chunk.correction + key * call.dim / 16,
+                byte_keys_of_chunk.scales + key * (call.dim / 32)};
+    }
+
+    void run(int64_t task) {
+        const int64_t first = task / call.parts * call.tile, part = task % call.parts;
+        const int64_t count = call.n - first < call.tile ? call.n - first : call.tile;
+        int64_t last_key = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            begin(i, first + i);
+            if (call.visible[first + i] > last_key) last_key = call.visible[first + i];
+        }
+        const int64_t chunks = (last_key + chunk_keys - 1) / chunk_keys;
+        for (int64_t chunk = chunks * part / call.parts; chunk < chunks * (part + 1) / call.parts; ++chunk) {
+            score_chunk(chunk * chunk_keys, last_key, first, count);
+        }
+        for (int64_t i = 0; i < count; ++i) finish(i, first + i, part);
+    }
+
+    // Everything that is visible is selected: no scores are needed.
+    bool takes_all(int64_t row) const { return call.visible[row] <= call.k; }
+
+    void begin(int64_t i, int64_t row) {
+        best[i] = {ranks + i * Best::capacity(call.k), sorted, call.k, 0, __builtin_nanf("")};
+        const int64_t heads = call.padded_heads(), blocks = call.dim / 32;
+        const float* const from = call.q + row * call.heads * call.dim;
+        for (int64_t h = 0; h < heads; ++h) {  // heads that fill the last group keep a weight and channels of zero
+            weights[i * heads + h] = h < call.heads ? call.weights[row * call.heads + h] : 0.0F;
+        }
+        exact[i] = has_byte_keys(call.layout);
+        const ByteQuery to = byte_query_of(i);
+        for (int64_t b = 0; exact[i] && b < call.heads * blocks; ++b) {
+            exact[i] = to_bytes(from + b * 32, to.bytes + b * 32, to.scales + b);
+        }
+        if (exact[i]) return;
+        for (int64_t h = 0; h < call.heads; ++h) {
+            float* const head = q + (i * heads + h) * call.stride();
+            __builtin_memcpy(head, from + h * call.dim, static_cast<uint64_t>(call.dim) * 4);
+        }
+    }
+
+    void score_chunk(int64_t first_key, int64_t last_key, int64_t first, int64_t count) {
+        bool unpacked[2] = {false, false};
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t rest = call.visible[first + i] - first_key;
+            if (takes_all(first + i) || rest <= 0) continue;
+            if (!unpacked[exact[i]]) unpack(first_key, last_key, exact[i]);
+            unpacked[exact[i]] = true;
+            const int64_t seen = rest < chunk_keys ? rest : chunk_keys;
+            if (exact[i]) score_as_bytes(i, seen);
+            else score_as_floats(i, seen);
+            best[i].add(scores, seen, first_key);
+        }
+    }
+
+    void score_as_bytes(int64_t i, int64_t seen) {
+        const int64_t heads = call.padded_heads();
+        for (int64_t key = 0; key < seen; key += byte_keys) {
+            score_bytes(byte_query_of(i), weights + i * heads, heads, call.dim, byte_keys_from(key), scores + key);
+        }
+    }
+
+    void score_as_floats(int64_t i, int64_t seen) {
+        const int64_t heads = call.padded_heads();
+        for (int64_t key = 0; key < seen; key += float_keys) {
+            score_floats(q + i * heads * call.stride(), weights + i * heads, heads, call.dim, call.stride(),
+                         float_keys_of_chunk + key * call.stride(), scores + key);
+        }
+    }
+
+    void unpack(int64_t first_key, int64_t last_key, bool as_bytes) {
+        const int64_t count = last_key - first_key < chunk_keys ? last_key - first_key : chunk_keys;
+        const int64_t unit = as_bytes ? byte_keys : float_keys;
+        for (int64_t i = 0; i < round_up(count, unit); i += 8) {
+            const uint8_t* packed[8];
+            for (int64_t j = 0; j < 8; ++j) {
+                packed[j] = i + j < count ? call.keys + (first_key + i + j) * call.layout.row_bytes : no_key;
+            }
+            if (as_bytes) {
+                spread_bytes(packed, call.layout, i % byte_keys / 8, byte_keys_from(i / byte_keys * byte_keys));
+                continue;
+            }
+            for (int64_t j = 0; j < 8; ++j) decode_row(packed[j], call.layout, rows + j * call.stride());
+            const int64_t tile = i / float_keys * float_keys;
+            spread_keys(rows, call.stride(), float_keys_of_chunk + tile * call.stride() + i % float_keys);
+        }
+    }
+
+    void finish(int64_t i, int64_t row, int64_t part) {
+        int32_t* const out = call.out + row * call.k;
+        if (takes_all(row)) {
+            for (int64_t c = 0; c < call.k; ++c) out[c] = c < call.visible[row] ? static_cast<int32_t>(c) : -1;
+            return;
+        }
+        best[i].shrink();
+        if (call.parts == 1) {
+            write_rows(best[i].ranks, best[i].count, call.k, out);
+            return;
+        }
+        const int64_t slot = row * call.parts + part;
+        call.part_counts[slot] = best[i].count;
+        __builtin_memcpy(call.part_ranks + slot * call.k, best[i].ranks, static_cast<uint64_t>(best[i].count) * 8);
+    }
+};
+
+// The best of what the parts of the keys found; they come in order of their rows.
+void merge_parts(const Call& call, int64_t row) {
+    const int64_t most = call.parts * call.k;
+    Scratch scratch(2 * Scratch::bytes_of<uint64_t>(most));
+    Best best{scratch.take<uint64_t>(most), scratch.take<uint64_t>(most), call.k, 0, 0.0F};
+    for (int64_t slot = row * call.parts; slot < (row + 1) * call.parts; ++slot) {
+        const uint64_t bytes = static_cast<uint64_t>(call.part_counts[slot]) * 8;
+        __builtin_memcpy(best.ranks + best.count, call.part_ranks + slot * call.k, bytes);
+        best.count += call.part_counts[slot];
+    }
+    best.shrink();
+    write_rows(best.ranks, best.count, call.k, call.out + row * call.k);
+}
+
+}  // namespace
+
+void select_rows(const float* q, const float* weights, const uint8_t* keys, const RowLayout* layout,
+                 const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
+                 int32_t threads) {
+    if (n == 0 || k == 0) return;
+    int64_t scored = 0;
+    for (int64_t row = 0; row < n; ++row) scored += visible[row] > k ? visible[row] : 0;
+    if (scored * heads * dim < 1 << 18) threads = 1;  // some 5 us: not worth a fork
+    const int64_t even = (n + 4 * threads - 1) / (4 * threads), parts = n < threads ? threads : 1;
+    Call call{q, weights, keys, *layout, visible, out, n, heads, dim, k, even < most_queries ? even : most_queries,
+              parts, nullptr, nullptr};
+    const int64_t slots = parts == 1 ? 0 : n * parts;
+    Scratch shared(Scratch::bytes_of<uint64_t>(slots * k) + Scratch::bytes_of<int64_t>(slots));
+    call.part_ranks = shared.take<uint64_t>(slots * k);
+    call.part_counts = shared.take<int64_t>(slots);
+    share_tasks((n + call.tile - 1) / call.tile * parts, threads, [&call](const auto& next) {
+        Scratch scratch(Worker::bytes(call));
+        Worker worker(scratch, call);
+        for (int64_t task = next(); task >= 0; task = next()) worker.run(task);
+    });
+    for (int64_t row = 0; row < n && parts > 1; ++row) {
+        if (visible[row] > k) merge_parts(call, row);
+    }
+}
+
+}  // namespace tenfold::TENFOLD_ISA

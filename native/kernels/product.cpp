@@ -1,0 +1,475 @@
+#include <cstring>
+
+#include "product_parts.hpp"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+// One row of a weight by its format. `at` is where column k lies; kBlockBytes is what 32 columns take; kMayBeNan:
+// some code of the format means NaN, and the decoding below does not turn it into one.
+
+struct F32Row {
+    using Code = float;
+    static constexpr int64_t kBlockBytes = 128;
+    static constexpr bool kMayBeNan = false;
+    const float* codes;
+    F32Row(const Matrix& m, int64_t row) : codes(static_cast<const float*>(m.codes) + row * m.in) {}
+    const float* at(int64_t k) const { return codes + k; }
+};
+
+struct Bf16Row {
+    using Code = uint16_t;
+    static constexpr int64_t kBlockBytes = 64;
+    static constexpr bool kMayBeNan = false;
+    const uint16_t* codes;
+    Bf16Row(const Matrix& m, int64_t row) : codes(static_cast<const uint16_t*>(m.codes) + row * m.in) {}
+    const uint16_t* at(int64_t k) const { return codes + k; }
+};
+
+template <class Scale>
+struct Fp8Row {
+    using Code = uint8_t;
+    static constexpr int64_t kBlockBytes = 32;
+    static constexpr bool kMayBeNan = true;
+    const uint8_t* codes;
+    const Scale* scale;
+    Fp8Row(const Matrix& m, int64_t row)
+        : codes(static_cast<const uint8_t*>(m.codes) + row * m.in),
+          scale(static_cast<const Scale*>(m.scale) + row / 128 * ((m.in + 127) / 128)) {}
+    const uint8_t* at(int64_t k) const { return codes + k; }
+    float scale_at(int64_t k) const { return scale_of(scale[k / 128]); }
+};
+
+struct Mxfp4Row {
+    using Code = uint8_t;
+    static constexpr int64_t kBlockBytes = 16;
+    static constexpr bool kMayBeNan = false;
+    const uint8_t* codes;
+    const uint8_t* scale;
+    Mxfp4Row(const Matrix& m, int64_t row)
+        : codes(static_cast<const uint8_t*>(m.codes) + row * (m.in / 2)),
+          scale(static_cast<const uint8_t*>(m.scale) + row * (m.in / 32)) {}
+    const uint8_t* at(int64_t k) const { return codes + k / 2; }
+    float scale_at(int64_t k) const { return scale_of(scale[k / 32]); }
+};
+
+const float* panel_row(const Product& p, int64_t k, int64_t width, int64_t i) {
+    return p.panels + p.panel_rows * k + (p.first_row + i) * width;
+}
+
+#ifdef __AVX2__
+
+// decode(row, codes, k, w): 32 weights from column k on, in an order of the format's own; `arrange` brings 16
+// activations into that order, so no weight is ever moved between lanes.
+
+struct NaturalOrder {
+    static void arrange(__m256&, __m256&) {}
+};
+
+struct PairOrder {  // even columns before odd ones
+    static void arrange(__m256& a, __m256& b) {
+        const __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xDD);
+        a = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xD8));
+        b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xD8));
+    }
+};
+
+struct NibbleOrder {  // 0 4 8 12 1 5 9 13, then 2 6 10 14 3 7 11 15
+    static void arrange(__m256& a, __m256& b) {
+        const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+        const __m256d first = _mm256_castps_pd(_mm256_permutevar8x32_ps(a, order));
+        const __m256d second = _mm256_castps_pd(_mm256_permutevar8x32_ps(b, order));
+        a = _mm256_castpd_ps(_mm256_unpacklo_pd(first, second));
+        b = _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
+    }
+};
+
+inline void decode(const F32Row&, const float* codes, int64_t, __m256 (&w)[4], __m256i&) {
+    for (int i = 0; i < 4; ++i) w[i] = _mm256_loadu_ps(codes + 8 * i);
+}
+
+inline void decode(const Bf16Row&, const uint16_t* codes, int64_t, __m256 (&w)[4], __m256i&) {
+    for (int i = 0; i < 4; ++i) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 8 * i));
+        w[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+}
+
+// An e4m3 code whose bits are moved to those of a float16 is that number times 2^-8, subnormal or not. The largest
+// code of either sign would be NaN: `worst` keeps the largest byte seen.
+inline void decode_fp8(const uint8_t* codes, __m256 (&w)[4], __m256i& worst) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(0xBF80));
+    worst = _mm256_max_epu8(worst, _mm256_or_si256(v, _mm256_set1_epi8(-128)));
+    const __m256i even = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 1), mask);
+    const __m256i odd = _mm256_and_si256(_mm256_srai_epi16(v, 1), mask);
+    w[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(even));
+    w[1] = _mm256_cvtph_ps(_mm256_castsi256_si128(odd));
+    w[2] = _mm256_cvtph_ps(_mm256_extracti128_si256(even, 1));
+    w[3] = _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1));
+}
+
+template <class Scale>
+inline void decode(const Fp8Row<Scale>& row, const uint8_t* codes, int64_t k, __m256 (&w)[4], __m256i& worst) {
+    decode_fp8(codes, w, worst);
+    const __m256 scale = _mm256_set1_ps(row.scale_at(k) * 256.0F);
+    for (auto& weights : w) weights = _mm256_mul_ps(weights, scale);
+}
+
+// The upper half of a float32 holds every e2m1 number: two table look-ups give its two bytes.
+inline void decode(const Mxfp4Row& row, const uint8_t* codes, int64_t k, __m256 (&w)[4], __m256i&) {
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, -128, -65, -65, -65, -64, -64, -64, -64));
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64));
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m256i shifted = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+    const __m256i nibbles = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+    const __m256i upper = _mm256_shuffle_epi8(high, nibbles), lower = _mm256_shuffle_epi8(low, nibbles);
+    const __m256i first = _mm256_unpacklo_epi8(lower, upper), second = _mm256_unpackhi_epi8(lower, upper);
+    const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(0xFFFF0000));
+    const __m256 scale = _mm256_set1_ps(row.scale_at(k));
+    w[0] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(first, 16)), scale);
+    w[1] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(first, mask)), scale);
+    w[2] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(second, 16)), scale);
+    w[3] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(second, mask)), scale);
+}
+
+template <class Order>
+void pack(const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
+    for (int64_t k = 0; k < in; k += 16) {
+        float rest[16] = {};
+        if (in - k < 16) std::memcpy(rest, x + k, static_cast<size_t>(in - k) * sizeof(float));
+        const float* from = in - k < 16 ? rest : x + k;
+        __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + 8);
+        Order::arrange(a, b);
+        const int64_t panel = k / kPanel * kPanel, width = smaller(kPanel, padded(in) - panel);
+        float* to = panels + panel_rows * panel + row * width + (k - panel);
+        _mm256_storeu_ps(to, a);
+        _mm256_storeu_ps(to + 8, b);
+        if (k + 16 >= in && k % 32 == 0) std::memset(to + 16, 0, 16 * sizeof(float));
+    }
+}
+
+void pack_any(Format format, const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
+    switch (format) {
+        case Format::mxfp4: return pack<NibbleOrder>(x, in, panels, panel_rows, row);
+        case Format::fp8:
+        case Format::fp8_f32scale: return pack<PairOrder>(x, in, panels, panel_rows, row);
+        default: return pack<NaturalOrder>(x, in, panels, panel_rows, row);
+    }
+}
+
+bool has_nan_code(__m256i worst) {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(worst, _mm256_set1_epi8(-1))) != 0;
+}
+
+// The last, incomplete block of a row, from memory that ends with the row.
+template <class Row>
+TENFOLD_APART void decode_rest(const Row& row, int64_t k, int64_t count, __m256 (&w)[4], __m256i& worst) {
+    typename Row::Code codes[32] = {};
+    std::memcpy(codes, row.at(k), static_cast<size_t>(count) * sizeof(codes[0]));
+    decode(row, codes, k, w, worst);
+}
+
+// ---------------------------------------------------------------- few activation rows: weights go by once, decoded
+
+// A row is short, and the hardware's own prefetch would start again with every row.
+template <class Row>
+inline void prefetch(const typename Row::Code* codes, int64_t k, int64_t next_bytes) {
+    const char* next = reinterpret_cast<const char*>(codes) + next_bytes;
+    if (Row::kBlockBytes < 64 && k / 32 * Row::kBlockBytes % 64 != 0) return;  // one line holds several blocks
+    for (int64_t line = 0; line < Row::kBlockBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+}
+
+// A NaN among the codes makes a whole sum NaN; it is rare, so the row is searched for again.
+template <class Row, int Tokens>
+TENFOLD_APART void poison(const Row& row, int64_t first, int64_t last, __m256 (&sums)[Tokens]) {
+    for (int64_t k = first; k < last; ++k) {
+        if ((static_cast<uint8_t>(*row.at(k)) & 0x7F) != 0x7F) continue;
+        for (auto& sum : sums) sum = _mm256_set1_ps(__builtin_nanf(""));
+    }
+}
+
+template <int Tokens>
+inline void add_block(const __m256 (&w)[4], const float* x, int64_t width, __m256 (&sums)[Tokens]) {
+    __asm__("" : "+r"(x));  // x comes from memory each time: kept in registers it would drive the sums out of them
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+        for (int t = 0; t < Tokens; ++t) {
+            sums[t] = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(x + t * width + 8 * i), sums[t]);
+        }
+    }
+}
+
+// The lanes' sums of `Rows` weight rows and `Tokens` activation rows, which lie `width` apart, over one panel.
+template <int Rows, int Tokens, class Row>
+inline void dot_rows(const Row* rows, const float* x, int64_t width, int64_t first, int64_t last, int64_t next_bytes,
+                     __m256 (*out)[Tokens]) {
+    __m256 sums[Rows][Tokens], w[4];
+    for (auto& of_row : sums) {
+        for (auto& sum : of_row) sum = _mm256_setzero_ps();
+    }
+    __m256i worst = _mm256_setzero_si256();
+    int64_t k = first;
+    for (; k + 32 <= last; k += 32, x += 32) {
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+            prefetch<Row>(rows[r].at(k), k - first, next_bytes);
+            decode(rows[r], rows[r].at(k), k, w, worst);
+            add_block(w, x, width, sums[r]);
+        }
+    }
+    for (int r = 0; k < last && r < Rows; ++r) {
+        decode_rest(rows[r], k, last - k, w, worst);
+        add_block(w, x, width, sums[r]);
+    }
+    for (int r = 0; r < Rows; ++r) {
+        if constexpr (Row::kMayBeNan) {
+            if (has_nan_code(worst)) poison(rows[r], first, last, sums[r]);
+        }
+        for (int t = 0; t < Tokens; ++t) out[r][t] = sums[r][t];
+    }
+}
+
+// The same for one activation row and four rows of fp8 under one scale, a power of two: the activations take it on
+// instead of the weights. Both products are exact, so no bit of a sum changes, as long as none is subnormal.
+inline void dot_scaled(const Fp8Row<uint8_t>* rows, const float* x, int64_t first, int64_t last, int64_t next_bytes,
+                       __m256 (*out)[1]) {
+    __m256 sums[kQuad] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    __m256 w[4], xs[4];
+    __m256i worst = _mm256_setzero_si256();
+    for (int64_t k = first; k < last; k += 32, x += 32) {
+        const __m256 scale = _mm256_set1_ps(rows[0].scale_at(k) * 256.0F);
+        for (int i = 0; i < 4; ++i) xs[i] = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), scale);
+#pragma GCC unroll 4
+        for (int r = 0; r < kQuad; ++r) {
+            prefetch<Fp8Row<uint8_t>>(rows[r].at(k), k - first, next_bytes);
+            decode_fp8(rows[r].at(k), w, worst);
+            for (int i = 0; i < 4; ++i) sums[r] = _mm256_fmadd_ps(w[i], xs[i], sums[r]);
+        }
+    }
+    for (int r = 0; r < kQuad; ++r) {
+        out[r][0] = sums[r];
+        if (has_nan_code(worst)) poison(rows[r], first, last, out[r]);
+    }
+}
+
+// Whether dot_scaled did the panel.
+template <int Tokens, class Row>
+bool dot_if_scaled(const Row (&)[kQuad], const float*, int64_t, int64_t, int64_t, __m256 (*)[Tokens]) {
+    return false;
+}
+
+template <>
+inline bool dot_if_scaled<1>(const Fp8Row<uint8_t> (&rows)[kQuad], const float* x, int64_t first, int64_t last,
+                             int64_t next_bytes, __m256 (*out)[1]) {
+    if ((last - first) % 32 != 0 || rows[0].scale != rows[kQuad - 1].scale) return false;
+    dot_scaled(rows, x, first, last, next_bytes, out);
+    return true;
+}
+
+// One panel of four weight rows and all activation rows: as many sums at a time as the registers hold, and no fewer
+// than hide the latency of a multiply-add.
+template <int Tokens, class Row>
+TENFOLD_APART void dot_quad(const Product& p, const Row (&rows)[kQuad], int64_t k, int64_t row, int64_t last) {
+    constexpr int kRows = Tokens == 1 ? 4 : 2;
+    const int64_t in = p.weight.in, width = smaller(kPanel, padded(in) - k), stop = smaller(k + kPanel, in);
+    const int64_t next_bytes = kQuad * (reinterpret_cast<const char*>(rows[0].at(in)) -
+                                        reinterpret_cast<const char*>(rows[0].at(0)));
+    __m256 sums[kQuad][Tokens];
+    const float* x = panel_row(p, k, width, 0);
+    const bool done = dot_if_scaled<Tokens>(rows, x, k, stop, next_bytes, sums);
+    for (int r = 0; r < kQuad && !done; r += kRows) {
+        dot_rows<kRows, Tokens>(rows + r, x, width, k, stop, next_bytes, sums + r);
+    }
+    for (int t = 0; t < Tokens; ++t) {
+        const __m128 sum = lane_sums(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
+        put(y_row(p, t, row), sum, smaller(kQuad, last - row), p.add || k > 0);
+    }
+}
+
+template <class Row>
+void multiply_few(const Product& p, int64_t first, int64_t last) {
+    const int64_t end = last - 1;
+    for (int64_t row = first; row < last; row += kQuad) {
+        const Row rows[kQuad] = {{p.weight, row},
+                                 {p.weight, smaller(row + 1, end)},
+                                 {p.weight, smaller(row + 2, end)},
+                                 {p.weight, smaller(row + 3, end)}};
+        for (int64_t k = 0; k < p.weight.in; k += kPanel) {
+            switch (p.count) {
+                case 1: dot_quad<1>(p, rows, k, row, last); break;
+                case 2: dot_quad<2>(p, rows, k, row, last); break;
+                case 3: dot_quad<3>(p, rows, k, row, last); break;
+                default: dot_quad<kFew>(p, rows, k, row, last); break;
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- more rows: weights are decoded into a tile first
+
+// Row by row and panel by panel is no order the hardware foresees: `next`, `last - first` columns, comes next.
+template <class Row>
+TENFOLD_APART void unpack(const Row& row, int64_t first, int64_t last, const typename Row::Code* next, float* to) {
+    prefetch_lines(next, (last - first) / 32 * Row::kBlockBytes);
+    __m256i worst = _mm256_setzero_si256();
+    float* const start = to;
+    int64_t k = first;
+    for (; k + 32 <= last; k += 32, to += 32) {
+        __m256 w[4];
+        decode(row, row.at(k), k, w, worst);
+        for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * i, w[i]);
+    }
+    if (k < last) {
+        __m256 w[4];
+        decode_rest(row, k, last - k, w, worst);
+        for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * i, w[i]);
+    }
+    if (Row::kMayBeNan && has_nan_code(worst)) *start = __builtin_nanf("");  // NaN times anything: one is enough
+}
+
+template <int Tokens>
+TENFOLD_APART void multiply_quad(const Product& p, const float* tile, int64_t k, int64_t width, int64_t i,
+                                 int64_t row, int64_t rows) {
+    __m256 sums[kQuad][Tokens];
+    for (auto& of_row : sums) {
+        for (auto& sum : of_row) sum = _mm256_setzero_ps();
+    }
+    const float* x = panel_row(p, k, width, i);
+    for (int64_t column = 0; column < width; column += 8) {
+        __m256 xs[Tokens];
+#pragma GCC unroll 3
+        for (int t = 0; t < Tokens; ++t) xs[t] = _mm256_loadu_ps(x + t * width + column);
+#pragma GCC unroll 4
+        for (int r = 0; r < kQuad; ++r) {
+            const __m256 w = _mm256_load_ps(tile + r * kPanel + column);
+#pragma GCC unroll 3
+            for (int t = 0; t < Tokens; ++t) sums[r][t] = _mm256_fmadd_ps(w, xs[t], sums[r][t]);
+        }
+    }
+    for (int t = 0; t < Tokens; ++t) {
+        put(y_row(p, i + t, row), lane_sums(sums[0][t], sums[1][t], sums[2][t], sums[3][t]), rows, p.add || k > 0);
+    }
+}
+
+void multiply_tokens(const Product& p, const float* tile, int64_t k, int64_t width, int64_t row, int64_t rows,
+                     int64_t first, int64_t last) {
+    int64_t i = first;
+    for (; last - i >= 3 && last - i != 4; i += 3) multiply_quad<3>(p, tile, k, width, i, row, rows);
+    for (; last - i >= 2; i += 2) multiply_quad<2>(p, tile, k, width, i, row, rows);
+    if (i < last) multiply_quad<1>(p, tile, k, width, i, row, rows);
+}
+
+template <class Row>
+void multiply_tile(const Product& p, float* tile, int64_t k, int64_t first, int64_t last) {
+    const int64_t in = p.weight.in, width = smaller(kPanel, padded(in) - k);
+    const int64_t rows = last - first, whole = quads(rows) * kQuad;
+    for (int64_t r = 0; r < whole; ++r) {
+        const Row row(p.weight, smaller(first + r, last - 1));
+        const bool more = k + kPanel < in;
+        const Row after = more ? row : Row(p.weight, smaller(first + r + tile_rows(p.count), p.weight.out - 1));
+        unpack(row, k, smaller(k + kPanel, in), after.at(more ? k + kPanel : 0), tile + r * kPanel);
+    }
+    for (int64_t i = 0; i < p.count; i += kTokens) {
+        for (int64_t r = 0; r < rows; r += kQuad) {
+            multiply_tokens(p, tile + r * kPanel, k, width, first + r, smaller(kQuad, rows - r), i,
+                            smaller(i + kTokens, p.count));
+        }
+    }
+}
+
+template <class Row>
+void multiply_as(const Product& p, int64_t first, int64_t last) {
+    if (p.count <= kFew) return multiply_few<Row>(p, first, last);
+    alignas(64) float tile[kTileRows * kPanel];
+    const int64_t rows = tile_rows(p.count);
+    for (int64_t row = first; row < last; row += rows) {
+        for (int64_t k = 0; k < p.weight.in; k += kPanel) {
+            multiply_tile<Row>(p, tile, k, row, smaller(row + rows, last));
+        }
+    }
+}
+
+#else
+
+float decode(const F32Row& row, int64_t k) { return row.codes[k]; }
+
+float decode(const Bf16Row& row, int64_t k) {
+    const uint32_t bits = static_cast<uint32_t>(row.codes[k]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+float e4m3(uint8_t code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    if ((code & 0x7F) == 0x7F) return __builtin_nanf("");
+    const float size = exponent == 0 ? static_cast<float>(mantissa) * 0x1p-9F
+                                     : static_cast<float>(8 + mantissa) * kE8m0.of[127 + exponent - 10];
+    return code & 0x80 ? -size : size;
+}
+
+template <class Scale>
+float decode(const Fp8Row<Scale>& row, int64_t k) {
+    return e4m3(row.codes[k]) * row.scale_at(k);
+}
+
+float decode(const Mxfp4Row& row, int64_t k) {
+    static const float numbers[16] = {0, 0.5F, 1, 1.5F, 2, 3, 4, 6, -0.0F, -0.5F, -1, -1.5F, -2, -3, -4, -6};
+    return numbers[row.codes[k / 2] >> (k % 2 * 4) & 15] * row.scale_at(k);
+}
+
+void pack_any(Format, const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
+    for (int64_t k = 0; k < in; k += kPanel) {
+        const int64_t width = smaller(kPanel, padded(in) - k), used = smaller(width, in - k);
+        float* to = panels + panel_rows * k + row * width;
+        std::memcpy(to, x + k, static_cast<size_t>(used) * sizeof(float));
+        std::memset(to + used, 0, static_cast<size_t>(width - used) * sizeof(float));
+    }
+}
+
+// In double: the build the others are compared with must not add an error of its own.
+template <class Row>
+void multiply_as(const Product& p, int64_t first, int64_t last) {
+    const int64_t in = p.weight.in;
+    float w[kPanel];
+    for (int64_t r = first; r < last; ++r) {
+        const Row row(p.weight, r);
+        for (int64_t k = 0; k < in; k += kPanel) {
+            const int64_t width = smaller(kPanel, padded(in) - k), used = smaller(width, in - k);
+            for (int64_t j = 0; j < used; ++j) w[j] = decode(row, k + j);
+            for (int64_t i = 0; i < p.count; ++i) {
+                const float* x = panel_row(p, k, width, i);
+                double sum = 0;
+                for (int64_t j = 0; j < used; ++j) sum += static_cast<double>(w[j]) * x[j];
+                float* y = y_row(p, i, r);
+                *y = static_cast<float>(p.add || k > 0 ? *y + sum : sum);
+            }
+        }
+    }
+}
+
+#endif
+
+}  // namespace
+
+void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
+    if (format == Format::mxfp4_int8) return pack_row_int8(x, in, panels, panel_rows, row);
+    pack_any(format, x, in, panels, panel_rows, row);
+}
+
+void multiply(const Product& product, int64_t first, int64_t last) {
+    switch (product.weight.format) {
+        case Format::f32: return multiply_as<F32Row>(product, first, last);
+        case Format::bf16: return multiply_as<Bf16Row>(product, first, last);
+        case Format::fp8: return multiply_as<Fp8Row<uint8_t>>(product, first, last);
+        case Format::fp8_f32scale: return multiply_as<Fp8Row<float>>(product, first, last);
+        case Format::mxfp4: return multiply_as<Mxfp4Row>(product, first, last);
+        case Format::mxfp4_int8: return multiply_int8(product, first, last);
+    }
+}
+
+}  // namespace tenfold::TENFOLD_ISA

@@ -1,0 +1,74 @@
+// Small parts of the products: what product.cpp and product_int8.cpp share. Every function is the file's own.
+#pragma once
+
+#include "product.hpp"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+// Loops stand in functions of their own: inlined into one, their constants no longer fit the registers.
+#define TENFOLD_APART __attribute__((noinline))
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int64_t kFew = 4;        // activation rows for which weights are better decoded in registers
+constexpr int64_t kTokens = 12;    // activation rows of one panel: 24 KiB, at home in the first cache
+constexpr int64_t kTileRows = 32;  // weight rows that are unpacked at a time: 64 KiB, at home in the second cache
+
+// Of few activation rows an unpacked weight has so few uses that its way to the second cache would cost more.
+inline int64_t tile_rows(int64_t count) { return count <= kTokens ? 8 : kTileRows; }
+
+// 2^(b - 127) of each e8m0 byte; 0 is a subnormal number and 255 is NaN, which shifting bits would both miss.
+struct Powers {
+    float of[256];
+};
+
+constexpr Powers make_powers() {
+    Powers powers{};
+    float power = 0x1p-127F;
+    for (int b = 0; b < 255; ++b, power *= b < 255 ? 2.0F : 1.0F) powers.of[b] = power;
+    powers.of[255] = __builtin_nanf("");
+    return powers;
+}
+
+constexpr Powers kE8m0 = make_powers();
+
+inline float scale_of(uint8_t scale) { return kE8m0.of[scale]; }
+inline float scale_of(float scale) { return scale; }
+
+inline float* y_row(const Product& p, int64_t i, int64_t weight_row) {
+    return p.y + (p.y_rows == nullptr ? i : p.y_rows[i]) * p.y_stride + (weight_row - p.first_column);
+}
+
+#ifdef __AVX2__
+
+// The sums of the eight lanes of four vectors: each ((0 + 2) + (1 + 3)) + ((4 + 6) + (5 + 7)).
+inline __m128 lane_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+}
+
+inline void put(float* y, __m128 sums, int64_t rows, bool add) {
+    if (rows == kQuad) {
+        _mm_storeu_ps(y, add ? _mm_add_ps(_mm_loadu_ps(y), sums) : sums);
+        return;
+    }
+    float values[kQuad];
+    _mm_storeu_ps(values, sums);
+    for (int64_t r = 0; r < rows; ++r) y[r] = add ? y[r] + values[r] : values[r];
+}
+
+inline void prefetch_lines(const void* from, int64_t num_bytes) {
+    for (int64_t line = 0; line < num_bytes; line += 64) {
+        _mm_prefetch(static_cast<const char*>(from) + line, _MM_HINT_T1);
+    }
+}
+
+#endif
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA

@@ -1,0 +1,75 @@
+"""The native CPU backend: every operation by a kernel, but the look-up of embeddings and V3.2's one layer norm.
+
+Weights stay as they are stored. Knows nothing of layers; what each operation means is in `Ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from tenfold.ops import Weight
+from tenfold.ops.cpu_attention import (
+    compress,
+    hadamard,
+    hc_collapse,
+    hc_merge,
+    hc_mix,
+    pack_rows,
+    rms_norm,
+    rope,
+    route_logits,
+    select_rows,
+    sparse_attention,
+    unpack_rows,
+)
+from tenfold.ops.cpu_linear import experts, feed_forward, grouped_linear, linear, prepare
+from tenfold.ops.reference import dequantize, embed, layer_norm
+
+__all__ = [
+    "compress",
+    "dequantize",
+    "embed",
+    "experts",
+    "feed_forward",
+    "grouped_linear",
+    "hadamard",
+    "hc_collapse",
+    "hc_merge",
+    "hc_mix",
+    "layer_norm",
+    "linear",
+    "pack_rows",
+    "prepare",
+    "rms_norm",
+    "rope",
+    "route",
+    "select_rows",
+    "sparse_attention",
+    "unpack_rows",
+]
+
+
+def route(
+    x: Tensor,
+    gate: Weight,
+    *,
+    scoring: Literal["sqrtsoftplus", "sigmoid"],
+    topk: int,
+    scaling: float,
+    bias: Weight | None = None,
+    chosen: Tensor | None = None,
+    groups: int = 1,
+    topk_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    return route_logits(
+        linear(x, gate),
+        scoring=scoring,
+        topk=topk,
+        scaling=scaling,
+        bias=bias,
+        chosen=chosen,
+        groups=groups,
+        topk_group=topk_group,
+    )

@@ -1,0 +1,367 @@
+"""The native side of `Ops` for everything but weights: attention, selection, packed rows, channels, streams.
+
+Every function has the signature and the meaning of its namesake in `ops/reference.py`. Tensors are checked here,
+before a pointer leaves Python. What a query gets does not depend, to the last bit, on the queries that come with
+it or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tenfold import _native
+from tenfold.formats import RowLayout
+from tenfold.ops import Rows, Weight, reference
+
+__all__ = [
+    "compress",
+    "hadamard",
+    "hc_collapse",
+    "hc_merge",
+    "hc_mix",
+    "pack_rows",
+    "rms_norm",
+    "rope",
+    "route_logits",
+    "select_rows",
+    "sparse_attention",
+    "unpack_rows",
+]
+
+_MOST_STREAMS = 8
+_MOST_PAIRS = 256
+_MOST_EXPERTS = 1024
+
+
+_LAYOUT_FIELDS = (
+    "coded",
+    "plain",
+    "code_bits",
+    "block",
+    "scale_bytes",
+    "plain_offset",
+    "scale_offset",
+    "row_bytes",
+)
+
+
+class _Layout(ctypes.Structure):
+    """`RowLayout` of native/kernels/rows.hpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _LAYOUT_FIELDS]
+
+
+class _Rows(ctypes.Structure):
+    """`Rows` of native/kernels/rows.hpp."""
+
+    _fields_ = [
+        ("packed", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("start", ctypes.c_void_p),
+        ("stop", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("layout", _Layout),
+    ]
+
+
+@cache
+def _layout(layout: RowLayout) -> _Layout:
+    return _Layout(*(getattr(layout, name) for name in _LAYOUT_FIELDS))
+
+
+def _kernel(name: str) -> Callable[..., None]:
+    return _native._kernel(name, None)
+
+
+def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a dense tensor on the CPU of this dtype and shape; anything else is refused."""
+    if tensor.dtype is not dtype or not tensor.is_cpu:
+        raise TypeError(f"{name}: expected a tensor of {dtype} on cpu, got {tensor.dtype} on {tensor.device}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous memory, got strides {tensor.stride()} for shape {shape}")
+    return tensor.data_ptr()
+
+
+def _checked_rows(name: str, packed: Tensor, layout: RowLayout, width: int) -> int:
+    if layout.width != width:
+        raise ValueError(f"{name}: rows of {layout.name} have {layout.width} channels, the query has {width}")
+    return _checked(name, packed, torch.uint8, (packed.shape[0], layout.row_bytes))
+
+
+def _numbers(weight: Weight) -> Tensor:
+    """A weight that holds numbers, not codes, as float32."""
+    return weight.data if weight.data.dtype is torch.float32 else reference.dequantize(weight)
+
+
+# ---------------------------------------------------------------------------------------------- channels
+
+
+def rms_norm(x: Tensor, weight: Weight | None, eps: float) -> Tensor:
+    x, width = x.contiguous(), x.shape[-1]
+    if width == 0:
+        raise ValueError("x: expected rows of at least one element, got width 0")
+    scale = _ones(width) if weight is None else _numbers(weight)
+    given = _checked("x", x, torch.float32, tuple(x.shape)), _checked("weight", scale, torch.float32, (width,))
+    out = torch.empty(x.shape)
+    _kernel("rms_norm")(*given, out.data_ptr(), x.numel() // width, width, eps, _native.num_threads())
+    return out
+
+
+@cache
+def _ones(width: int) -> Tensor:
+    return torch.ones(width)
+
+
+def rope(
+    x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False, interleaved: bool = True
+) -> Tensor:
+    if x.dim() not in (2, 3) or x.stride(-1) != 1:
+        x = x.contiguous()
+    n, dim = x.shape[0], x.shape[-1]
+    rows, pairs = math.prod(x.shape[1:-1]), dim // 2
+    if pairs > _MOST_PAIRS:
+        raise ValueError(f"x: expected at most {2 * _MOST_PAIRS} channels, got {dim}")
+    if x.dtype is not torch.float32 or not x.is_cpu:
+        raise TypeError(f"x: expected a tensor of torch.float32 on cpu, got {x.dtype} on {x.device}")
+    positions, frequencies = positions.contiguous(), frequencies.contiguous()
+    given = (
+        x.data_ptr(),
+        _checked("positions", positions, torch.int64, (n,)),
+        _checked("frequencies", frequencies, torch.float32, (dim // 2,)),
+    )
+    out = torch.empty(x.shape)
+    strides = x.stride(0), x.stride(1) if x.dim() == 3 else dim
+    _kernel("rope")(*given, out.data_ptr(), n, rows, pairs, *strides, inverse, interleaved, _native.num_threads())
+    return out
+
+
+def hadamard(x: Tensor) -> Tensor:
+    x, width = x.contiguous(), x.shape[-1]
+    if width & (width - 1) or not width:
+        raise ValueError(f"x: expected a power of two of channels, got {width}")
+    address = _checked("x", x, torch.float32, tuple(x.shape))
+    out = torch.empty(x.shape)
+    _kernel("hadamard")(address, out.data_ptr(), x.numel() // width, width, _native.num_threads())
+    return out
+
+
+def compress(values: Tensor, gates: Tensor, overlap: bool) -> Tensor:
+    groups, ratio, width = values.shape
+    if gates.shape != values.shape or (overlap and (width % 2 or not groups)) or not ratio:
+        raise ValueError(f"values, gates: cannot pool {tuple(values.shape)} by {tuple(gates.shape)}")
+    if values.stride() != gates.stride() or values.stride(-1) != 1:
+        values, gates = values.contiguous(), gates.contiguous()
+    for name, tensor in (("values", values), ("gates", gates)):
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            raise TypeError(f"{name}: expected a tensor of torch.float32 on cpu, got {tensor.dtype} on {tensor.device}")
+    out = torch.empty(groups - 1 if overlap else groups, width // 2 if overlap else width)
+    _kernel("compress")(
+        values.data_ptr(),
+        gates.data_ptr(),
+        out.data_ptr(),
+        groups,
+        ratio,
+        out.shape[1],
+        values.stride(0),
+        values.stride(1),
+        overlap,
+        _native.num_threads(),
+    )
+    return out
+
+
+def route_logits(
+    logits: Tensor,
+    *,
+    scoring: Literal["sqrtsoftplus", "sigmoid"],
+    topk: int,
+    scaling: float,
+    bias: Weight | None = None,
+    chosen: Tensor | None = None,
+    groups: int = 1,
+    topk_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`route` from the gate's logits [n, experts] on."""
+    n, experts = logits.shape
+    logits, biases = logits.contiguous(), None if bias is None else _numbers(bias)
+    if not 0 < topk <= experts // groups * topk_group or experts > _MOST_EXPERTS or experts % groups:
+        raise ValueError(f"topk: cannot choose {topk} of {experts} experts in {topk_group} of {groups} groups")
+    if groups > 1 and (experts < 2 * groups or topk_group > groups):
+        raise ValueError(f"groups: cannot choose {topk_group} of {groups} groups of {experts // groups} experts")
+    ids = torch.empty(n, topk, dtype=torch.int64) if chosen is None else chosen.contiguous()
+    if chosen is not None and n and not 0 <= int(ids.min()) <= int(ids.max()) < experts:
+        raise IndexError(f"chosen: there are {experts} experts, got {int(ids.min())} to {int(ids.max())}")
+    given = (
+        _checked("logits", logits, torch.float32, (n, experts)),
+        None if biases is None else _checked("bias", biases, torch.float32, (experts,)),
+        _checked("chosen", ids, torch.int64, (n, topk)),
+    )
+    weights = torch.empty(n, topk)
+    sizes, softplus = (n, experts, topk, groups, topk_group), scoring == "sqrtsoftplus"
+    _kernel("route")(*given, weights.data_ptr(), *sizes, scaling, softplus, chosen is not None, _native.num_threads())
+    return ids, weights
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def pack_rows(x: Tensor, layout: RowLayout) -> Tensor:
+    if layout.code_bits == 32:
+        return reference.pack_rows(x, layout)
+    x = x.contiguous()
+    address = _checked("x", x, torch.float32, (*x.shape[:-1], layout.width))
+    out = torch.empty(*x.shape[:-1], layout.row_bytes, dtype=torch.uint8)
+    rows = math.prod(x.shape[:-1])
+    _kernel("pack_rows")(address, ctypes.addressof(_layout(layout)), out.data_ptr(), rows, _native.num_threads())
+    return out
+
+
+def unpack_rows(packed: Tensor, layout: RowLayout) -> Tensor:
+    if layout.code_bits == 32:
+        return reference.unpack_rows(packed, layout)
+    packed = packed.contiguous()
+    address = _checked("packed", packed, torch.uint8, (*packed.shape[:-1], layout.row_bytes))
+    out = torch.empty(*packed.shape[:-1], layout.width)
+    rows = math.prod(packed.shape[:-1])
+    _kernel("unpack_rows")(address, ctypes.addressof(_layout(layout)), out.data_ptr(), rows, _native.num_threads())
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- hyper-connections
+
+
+def hc_mix(
+    streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, m, d = streams.shape
+    outputs = (2 + m) * m
+    kept = _projection(streams, fn, base, scale, outputs, 3)
+    x, post, combination = torch.empty(n, d), torch.empty(n, m), torch.empty(n, m, m)
+    mixed = torch.empty(n, outputs)
+    given = [tensor.data_ptr() for tensor in (*kept, x, post, combination, mixed)]
+    _kernel("hc_mix")(*given, n, m, d, norm_eps, eps, iterations, _native.num_threads())
+    return x, post, combination
+
+
+def hc_collapse(streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float) -> Tensor:
+    n, m, d = streams.shape
+    kept = _projection(streams, fn, base, scale, m, 1)
+    x, mixed = torch.empty(n, d), torch.empty(n, m)
+    given = [tensor.data_ptr() for tensor in (*kept, x, mixed)]
+    _kernel("hc_collapse")(*given, n, m, d, norm_eps, eps, _native.num_threads())
+    return x
+
+
+def _projection(
+    streams: Tensor, fn: Weight, base: Weight, scale: Weight, outputs: int, num_scales: int
+) -> tuple[Tensor, ...]:
+    n, m, d = _stream_shape(streams)
+    kept = (streams.contiguous(), _numbers(fn), _numbers(base), _numbers(scale))
+    shapes = ((n, m, d), (outputs, m * d), (outputs,), (num_scales,))
+    for name, tensor, shape in zip(("streams", "fn", "base", "scale"), kept, shapes, strict=True):
+        _checked(name, tensor, torch.float32, shape)
+    return kept
+
+
+def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
+    n, m, d = _stream_shape(streams)
+    kept = [tensor.contiguous() for tensor in (streams, y, post, combination)]
+    out = torch.empty(n, m, d)
+    shapes = ((n, m, d), (n, d), (n, m), (n, m, m))
+    given = [
+        _checked(name, tensor, torch.float32, shape)
+        for name, tensor, shape in zip(("streams", "y", "post", "combination"), kept, shapes, strict=True)
+    ]
+    _kernel("hc_merge")(*given, out.data_ptr(), n, m, d, _native.num_threads())
+    return out
+
+
+def _stream_shape(streams: Tensor) -> tuple[int, int, int]:
+    n, m, d = streams.shape
+    if not 1 <= m <= _MOST_STREAMS or d == 0:
+        raise ValueError(f"streams: expected 1 to {_MOST_STREAMS} streams of some width, got {tuple(streams.shape)}")
+    return n, m, d
+
+
+# ---------------------------------------------------------------------------------------------- index
+
+
+def select_rows(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, topk: int) -> Tensor:
+    n, heads, dim = q.shape
+    q, weights, visible = q.contiguous(), weights.contiguous(), visible.contiguous()
+    addresses = (
+        _checked("q", q, torch.float32, (n, heads, dim)),
+        _checked("weights", weights, torch.float32, (n, heads)),
+        _checked_rows("keys", keys, layout, dim),
+        ctypes.addressof(_layout(layout)),
+        _checked("visible", visible, torch.int64, (n,)),
+    )
+    most = int(visible.max()) if n else 0
+    if most > keys.shape[0]:
+        raise IndexError(f"visible: a query is to see {most} rows of the {keys.shape[0]} there are")
+    out = torch.empty(n, min(topk, most), dtype=torch.int32)
+    _kernel("select_rows")(*addresses, out.data_ptr(), n, heads, dim, out.shape[1], _native.num_threads())
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def _describe(source: Rows, name: str, n: int, width: int, to: _Rows) -> tuple[Tensor, ...]:
+    """Fills in `to`; what is returned has to live as long as it."""
+    to.packed = _checked_rows(f"{name}: packed", source.packed, source.layout, width)
+    to.num_rows = source.packed.shape[0]
+    to.layout = _layout(source.layout)
+    if source.index is not None:
+        index = source.index.contiguous()
+        to.columns = index.shape[1]
+        to.index = _checked(f"{name}: index", index, torch.int32, (n, index.shape[1]))
+        return (index,)
+    start, stop = (bound.contiguous() for bound in source.bounds)
+    to.start = _checked(f"{name}: start", start, torch.int64, (n,))
+    to.stop = _checked(f"{name}: stop", stop, torch.int64, (n,))
+    to.columns = -1
+    return start, stop
+
+
+def sparse_attention(
+    q: Tensor, sources: Sequence[Rows], sink: Weight | None, scale: float, value_dim: int, position: int
+) -> Tensor:
+    n, heads, width = q.shape
+    if not 0 < value_dim <= width:
+        raise ValueError(f"value_dim: expected 1 to {width}, got {value_dim}")
+    q = q.contiguous()
+    out = q.new_empty(n, heads, value_dim)
+    sinks = None if sink is None else sink.data.float()
+    given = (_Rows * len(sources))()
+    kept = [_describe(source, f"source {i}", n, width, given[i]) for i, source in enumerate(sources)]
+    refused = ctypes.c_int32()
+    _kernel("sparse_attention")(
+        _checked("q", q, torch.float32, (n, heads, width)),
+        ctypes.addressof(given),
+        len(sources),
+        None if sinks is None else _checked("sink", sinks, torch.float32, (heads,)),
+        out.data_ptr(),
+        n,
+        heads,
+        width,
+        value_dim,
+        scale,
+        ctypes.addressof(refused),
+        _native.num_threads(),
+    )
+    del kept
+    if refused.value >= 0:
+        rows = sources[refused.value].packed.shape[0]
+        raise IndexError(f"source {refused.value}: a query is to see rows that are not among the {rows} there are")
+    return out

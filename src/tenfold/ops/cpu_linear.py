@@ -1,0 +1,251 @@
+"""Weights times activations on the CPU: `linear`, `grouped_linear`, `feed_forward`, `experts`.
+
+Weights are multiplied as they are stored, so a mapped checkpoint needs no memory of its own. Activations stay
+float32, and the only error is that of float32 sums, about 1e-7. With `int8` those that meet MXFP4 weights are rounded
+to int8, one scale per 32, which is faster; its error is measured in the tests. Knows nothing of any other operation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from tenfold import _native
+from tenfold._native import Argument, match
+from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4
+from tenfold.ops import Experts, Weight
+
+__all__ = ["experts", "feed_forward", "grouped_linear", "linear", "prepare"]
+
+_SLICE_NUMBERS = 1 << 24
+"""Float32 numbers of scratch a call may take, 64 MiB; every slice of rows unpacks the weights again."""
+
+_KERNEL_FORMATS = {F32.name: 0, BF16.name: 1, FP8_BLOCK.name: 2, FP8_BLOCK_F32.name: 3, MXFP4.name: 4}
+_INT8_FORMATS = {4: 5}
+"""The kernel format with int8 activations, where there is one."""
+_CODE_DTYPES = {F32.name: torch.float32, BF16.name: torch.bfloat16}
+
+_LINEAR = (Argument("x", "torch.float32", ("n", "in")),)
+_GROUPED = (Argument("x", "torch.float32", ("n", "groups", "in")),)
+_EXPERTS = (
+    Argument("x", "torch.float32", ("n", "hidden")),
+    Argument("ids", "torch.int64", ("n", "topk")),
+    Argument("weights", "torch.float32", ("n", "topk")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A weight that was checked, as the kernels want it. Holds addresses: only valid while the weight lives."""
+
+    format: int
+    codes: int
+    scale: int
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """The experts of a layer, checked: int64 [experts, 6] addresses of codes and scales of w1, w2, w3."""
+
+    addresses: Tensor
+    gate_format: int
+    down_format: int
+    hidden: int
+    inner: int
+
+
+_matrices: WeakKeyDictionary[Weight, _Matrix] = WeakKeyDictionary()
+_banks: WeakKeyDictionary[Experts, _Bank] = WeakKeyDictionary()
+_blocks: WeakKeyDictionary[Weight, tuple[tuple[_Matrix, ...], _Bank]] = WeakKeyDictionary()
+# Values hold addresses and no weights: a weight that its own entry kept alive would never go.
+
+
+def prepare(weight: Weight, resident: bool) -> Weight:
+    """The weight as it is stored: the kernels read it so, from the mapped file or from memory alike."""
+    return weight
+
+
+def linear(x: Tensor, weight: Weight, *, int8: bool = False, isa: str | None = None) -> Tensor:
+    x = x.contiguous()
+    rows = match(_LINEAR, x)["n"]
+    return _product(x, weight, rows, 1, x.shape[1], int8, isa)
+
+
+def grouped_linear(x: Tensor, weight: Weight, *, int8: bool = False, isa: str | None = None) -> Tensor:
+    x = x.contiguous()
+    sizes = match(_GROUPED, x)
+    return _product(x, weight, sizes["n"], sizes["groups"], sizes["in"], int8, isa)
+
+
+def _product(x: Tensor, weight: Weight, n: int, groups: int, in_features: int, int8: bool, isa: str | None) -> Tensor:
+    matrix = _matrix(weight)
+    if matrix.in_features != in_features or groups == 0 or matrix.out_features % groups:
+        raise ValueError(f"x: expected shape for {weight.name} {weight.shape}, got {tuple(x.shape)}")
+    y = torch.empty(n, matrix.out_features)
+    if y.numel() == 0 or in_features == 0:
+        return y.zero_()
+    panels, slice_rows = _scratch(n, groups * _padded(in_features))
+    out_features = matrix.out_features // groups
+    _native._kernel("linear", isa)(
+        x.data_ptr(), matrix.codes, matrix.scale, y.data_ptr(), panels.data_ptr(), n, groups, out_features,
+        in_features, slice_rows, _kernel_format(matrix.format, int8), _native.num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    limit: float | None,
+    *,
+    int8: bool = False,
+    isa: str | None = None,
+) -> Tensor:
+    x = x.contiguous()
+    n = match(_LINEAR, x)["n"]
+    ids, weights = torch.zeros(n, 1, dtype=torch.int64), torch.ones(n, 1)
+    return _experts(x, ids, weights, _block(w1, w2, w3), limit, int8, isa)
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    bank: Experts,
+    *,
+    limit: float | None,
+    weigh_first: bool,
+    int8: bool = False,
+    isa: str | None = None,
+) -> Tensor:
+    """One call per layer, tokens grouped by expert. `weigh_first` changes nothing but rounding: it is always so."""
+    ready = _bank(bank)
+    _check_ids(ids, ready.addresses.shape[0])
+    return _experts(x.contiguous(), ids.contiguous(), weights.contiguous(), ready, limit, int8, isa)
+
+
+def _experts(
+    x: Tensor, ids: Tensor, weights: Tensor, bank: _Bank, limit: float | None, int8: bool, isa: str | None
+) -> Tensor:
+    sizes = match(_EXPERTS, x, ids, weights)
+    n, topk, num_experts = sizes["n"], sizes["topk"], bank.addresses.shape[0]
+    if sizes["hidden"] != bank.hidden:
+        raise ValueError(f"x: expected rows of {bank.hidden}, got {tuple(x.shape)}")
+    out = torch.empty_like(x)
+    if n * topk == 0 or bank.inner == 0 or bank.hidden == 0:
+        return out.zero_()
+    pairs = torch.empty(2 * n * topk + num_experts + 1, dtype=torch.int32)
+    memory, slice_pairs = _scratch(n * topk, _padded(bank.hidden) + 2 * bank.inner + _padded(bank.inner))
+    _native._kernel("experts", isa)(
+        x.data_ptr(), ids.data_ptr(), weights.data_ptr(), bank.addresses.data_ptr(), out.data_ptr(),
+        pairs.data_ptr(), memory.data_ptr(), n, topk, num_experts, bank.hidden, bank.inner, slice_pairs,
+        _kernel_format(bank.gate_format, int8), _kernel_format(bank.down_format, int8),
+        math.inf if limit is None else limit, _native.num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _check_ids(ids: Tensor, num_experts: int) -> None:
+    """An id out of range would read another tensor's memory."""
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= num_experts:
+        raise ValueError(f"ids: expected 0 to {num_experts - 1}, got {low if low < 0 else high}")
+
+
+def _scratch(rows: int, numbers_each: int) -> tuple[Tensor, int]:
+    """Memory for as many rows as a slice has, and how many these are."""
+    slice_rows = min(rows, max(1, _SLICE_NUMBERS // numbers_each))
+    return torch.empty(slice_rows * numbers_each), slice_rows
+
+
+def _kernel_format(stored: int, int8: bool) -> int:
+    return _INT8_FORMATS.get(stored, stored) if int8 else stored
+
+
+def _padded(columns: int) -> int:
+    return (columns + 31) // 32 * 32
+
+
+def _matrix(weight: Weight) -> _Matrix:
+    """Checked once in a weight's life."""
+    found = _matrices.get(weight)
+    if found is None:
+        found = _matrices[weight] = _checked(weight)
+    return found
+
+
+def _checked(weight: Weight) -> _Matrix:
+    name, form = weight.name, weight.format.name
+    if form not in _KERNEL_FORMATS or len(weight.shape) != 2:
+        raise ValueError(f"{name}: expected a matrix of {', '.join(_KERNEL_FORMATS)}, got {form} {weight.shape}")
+    if weight.format is MXFP4 and weight.shape[1] % 32:
+        raise ValueError(f"{name}: expected a multiple of 32 columns, got {weight.shape}")
+    shape = weight.format.stored_shape(weight.shape)
+    scale_shape = weight.format.scale_shape(weight.shape)
+    codes = _dense(f"{name}: codes", weight.data, _CODE_DTYPES.get(form, torch.uint8), shape)
+    scale, kernel_format = 0, _KERNEL_FORMATS[form]
+    if scale_shape is not None:
+        if weight.scale is None:
+            raise ValueError(f"{name}: expected scales beside codes of {form}")
+        # The scales' own dtype decides, as in the reference.
+        of_float = weight.scale.dtype == torch.float32 and weight.format is not MXFP4
+        scale = _dense(f"{name}: scales", weight.scale, torch.float32 if of_float else torch.uint8, scale_shape)
+        if weight.format is not MXFP4:
+            kernel_format = _KERNEL_FORMATS[(FP8_BLOCK_F32 if of_float else FP8_BLOCK).name]
+    return _Matrix(kernel_format, codes, scale, *weight.shape)
+
+
+def _dense(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a tensor that is as a kernel wants it."""
+    argument = Argument(what, str(dtype), tuple(str(size) for size in shape))
+    if dtype is torch.uint8 and tensor.itemsize == 1:
+        tensor = tensor.view(torch.uint8)
+    match((argument,), tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{what}: expected shape {shape}, got {tuple(tensor.shape)}")
+    return tensor.data_ptr()
+
+
+def _bank(bank: Experts) -> _Bank:
+    found = _banks.get(bank)
+    if found is None:
+        found = _banks[bank] = _checked_bank(bank)
+    return found
+
+
+def _block(w1: Weight, w2: Weight, w3: Weight) -> _Bank:
+    """A gated block of its own as a bank of one expert."""
+    triple = (_matrix(w1), _matrix(w2), _matrix(w3))
+    found = _blocks.get(w1)
+    if found is None or found[0] != triple:
+        found = _blocks[w1] = (triple, _bank_of([triple]))
+    return found[1]
+
+
+def _checked_bank(bank: Experts) -> _Bank:
+    triples = zip(bank.w1, bank.w2, bank.w3, strict=True)
+    return _bank_of([(_matrix(w1), _matrix(w2), _matrix(w3)) for w1, w2, w3 in triples])
+
+
+def _bank_of(triples: list[tuple[_Matrix, _Matrix, _Matrix]]) -> _Bank:
+    if not triples:
+        raise ValueError("bank: expected at least one expert")
+    gate, down, _ = triples[0]
+    inner, hidden = gate.out_features, gate.in_features
+    expected = ((gate.format, inner, hidden), (down.format, hidden, inner), (gate.format, inner, hidden))
+    for expert, triple in enumerate(triples):
+        for name, matrix, wanted in zip(("w1", "w2", "w3"), triple, expected, strict=True):
+            if (matrix.format, matrix.out_features, matrix.in_features) != wanted:
+                raise ValueError(f"bank: {name} of expert {expert} has another format or shape than in expert 0")
+    addresses = [[address for matrix in triple for address in (matrix.codes, matrix.scale)] for triple in triples]
+    return _Bank(torch.tensor(addresses, dtype=torch.int64), gate.format, down.format, hidden, inner)

@@ -1,0 +1,467 @@
+"""Products with stored weights on the CPU: every build against float64 and the reference, alone and together."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold import _native
+from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, WeightFormat
+from tenfold.ops import Experts, Weight, cpu_linear, reference
+
+FORMATS = (F32, BF16, FP8_BLOCK, FP8_BLOCK_F32, MXFP4)
+ROWS = (0, 1, 2, 3, 4, 5, 12, 13, 31, 33, 127, 129)
+ISAS = _native.available_isas()
+
+format_cases = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+isa_cases = pytest.mark.parametrize("isa", ISAS)
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weight(form: WeightFormat, out: int, columns: int, seed: int = 0) -> Weight:
+    """Random codes, none of them NaN, and scales around one hundredth."""
+    generator, shape = seeded(seed), (out, columns)
+    if form in (F32, BF16):
+        data = torch.randn(shape, generator=generator)
+        return Weight("w", shape, form, data.bfloat16() if form is BF16 else data)
+    data = torch.randint(0, 256, form.stored_shape(shape), generator=generator, dtype=torch.uint8)
+    if form is not MXFP4:
+        data[(data & 0x7F) == 0x7F] = 0
+    scale_shape = form.scale_shape(shape)
+    assert scale_shape is not None
+    if form is FP8_BLOCK_F32:
+        return Weight("w", shape, form, data, torch.rand(scale_shape, generator=generator) / 100)
+    scale = torch.randint(117, 124, scale_shape, generator=generator, dtype=torch.uint8)
+    return Weight("w", shape, form, data, scale)
+
+
+def rows(n: int, *shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(n, *shape, generator=seeded(seed))
+
+
+def law(x: Tensor, w: Weight) -> Tensor:
+    return x.double() @ reference.dequantize(w).double().t()
+
+
+def sizes_of(x: Tensor, w: Weight) -> Tensor:
+    """What the terms of each product add up to without their signs: what a rounding error is measured by."""
+    return x.double().abs() @ reference.dequantize(w).double().abs().t()
+
+
+def assert_near(found: Tensor, expected: Tensor, sizes: Tensor | None = None) -> None:
+    """Float32 sums, however ordered: within 5e-7 of the terms' size, or 5e-6 of the largest number."""
+    assert found.dtype == torch.float32
+    assert found.shape == expected.shape
+    error = (found.double() - expected).abs()
+    if expected.numel() and sizes is not None:
+        assert (error <= 5e-7 * sizes).all(), float((error / sizes).max())
+    elif expected.numel():
+        assert error.max() <= 5e-6 * expected.abs().max(), float(error.max() / expected.abs().max())
+
+
+def columns_of(form: WeightFormat) -> tuple[int, ...]:
+    return (32, 544, 1056) if form is MXFP4 else (1, 31, 33, 129, 513, 1000)
+
+
+@isa_cases
+@format_cases
+@pytest.mark.parametrize("out", [1, 3, 4, 33, 131])
+def test_linear_agrees_with_float64(form: WeightFormat, isa: str, out: int) -> None:
+    for columns in columns_of(form):
+        w, x = weight(form, out, columns), rows(max(ROWS), columns)
+        expected, sizes = law(x, w), sizes_of(x, w)
+        for n in ROWS:
+            assert_near(cpu_linear.linear(x[:n], w, isa=isa), expected[:n], sizes[:n])
+
+
+@isa_cases
+@format_cases
+def test_a_row_is_the_same_alone_and_in_any_company(form: WeightFormat, isa: str) -> None:
+    columns = 1056 if form is MXFP4 else 1061
+    w, x = weight(form, 67, columns), rows(41, columns)
+    alone = torch.cat([cpu_linear.linear(row[None], w, isa=isa) for row in x])
+    for n in (2, 3, 4, 5, 13, 41):
+        assert torch.equal(cpu_linear.linear(x[-n:], w, isa=isa), alone[-n:])
+
+
+@isa_cases
+def test_slices_of_many_rows_change_nothing(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = weight(MXFP4, 10, 64), rows(50, 64)
+    together = cpu_linear.linear(x, w, isa=isa)
+    monkeypatch.setattr(cpu_linear, "_SLICE_NUMBERS", 7 * 64)
+    assert torch.equal(cpu_linear.linear(x, w, isa=isa), together)
+
+
+@isa_cases
+@format_cases
+@pytest.mark.usefixtures("two_threads")
+def test_two_threads_give_the_bits_of_one(form: WeightFormat, isa: str) -> None:
+    w = weight(form, 259, 544)
+    for n in (1, 2, 37):
+        x = rows(n, 544)
+        shared = cpu_linear.linear(x, w, isa=isa)
+        torch.set_num_threads(1)
+        assert torch.equal(cpu_linear.linear(x, w, isa=isa), shared)
+        torch.set_num_threads(2)
+
+
+@isa_cases
+def test_every_fp4_code_and_scale(isa: str) -> None:
+    """The products of one weight alone with one are the reference's numbers, NaN and subnormal ones among them."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16).contiguous()
+    for scale in (0, 1, 2, 3, 100, 127, 252, 253, 254, 255):
+        w = Weight("w", (256, 32), MXFP4, codes, torch.full((256, 1), scale, dtype=torch.uint8))
+        expected = reference.dequantize(w)
+        for column in range(32):
+            one = torch.zeros(2, 32)
+            one[:, column] = 1.0
+            for n in (1, 2):
+                finite = expected.isfinite().all(1)
+                found = cpu_linear.linear(one[:n], w, isa=isa)
+                assert torch.equal(found[:, finite], expected[finite, column].expand(n, -1))
+                if scale == 255:
+                    assert found.isnan().all()
+
+
+@isa_cases
+@pytest.mark.parametrize("scale", [0, 1, 9, 127, 200])
+def test_every_fp8_code(isa: str, scale: int) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 40).contiguous()
+    w = Weight("w", (256, 40), FP8_BLOCK, codes, torch.full((2, 1), scale, dtype=torch.uint8))
+    expected = reference.dequantize(w)
+    for column in (0, 1, 15, 16, 31, 32, 39):
+        one = torch.zeros(2, 40)
+        one[:, column] = 1.0
+        for n in (1, 2):
+            found = cpu_linear.linear(one[:n], w, isa=isa)
+            torch.testing.assert_close(found, expected[:, column].expand(n, -1), rtol=0, atol=0, equal_nan=True)
+
+
+@isa_cases
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_nan_among_fp8_codes_makes_its_row_nan(isa: str, code: int) -> None:
+    for column in (0, 31, 70, 600, 640):
+        w = weight(FP8_BLOCK, 9, 641)
+        w.data[5, column] = code
+        for n in (1, 2, 7):
+            found = cpu_linear.linear(rows(n, 641), w, isa=isa)
+            assert found[:, 5].isnan().all()
+            assert found[:, [0, 1, 2, 3, 4, 6, 7, 8]].isfinite().all()
+
+
+@isa_cases
+def test_infinite_activations_reach_their_own_row_alone(isa: str) -> None:
+    x, w = rows(5, 64), weight(MXFP4, 20, 64)
+    x[2, 40] = float("inf")
+    found = cpu_linear.linear(x, w, isa=isa)
+    torch.testing.assert_close(found, law(x, w).float(), rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert found[[0, 1, 3, 4]].isfinite().all()
+
+
+@isa_cases
+def test_weights_at_odd_addresses(isa: str) -> None:
+    """A mapped file aligns codes to one byte and numbers to their own size."""
+    w = weight(FP8_BLOCK, 7, 200)
+    moved = torch.empty(1 + w.data.numel(), dtype=torch.uint8)[1:].view(7, 200).copy_(w.data)
+    x = rows(3, 200)
+    odd = Weight("w", w.shape, w.format, moved, w.scale)
+    assert torch.equal(cpu_linear.linear(x, odd, isa=isa), cpu_linear.linear(x, w, isa=isa))
+
+
+@isa_cases
+@format_cases
+@pytest.mark.parametrize("groups", [1, 3, 8])
+def test_grouped_linear_agrees_with_float64(form: WeightFormat, isa: str, groups: int) -> None:
+    out, columns = 35, 96 if form is MXFP4 else 101
+    w = weight(form, groups * out, columns)
+    dense = reference.dequantize(w).double().view(groups, out, columns)
+    for n in (0, 1, 2, 14, 33):
+        x = rows(n, groups, columns)
+        expected = torch.einsum("ngi,goi->ngo", x.double(), dense).flatten(1)
+        found = cpu_linear.grouped_linear(x, w, isa=isa)
+        assert_near(found, expected)
+        if n:
+            assert torch.equal(found[-1:], cpu_linear.grouped_linear(x[-1:].contiguous(), w, isa=isa))
+
+
+@isa_cases
+def test_strided_arguments_are_what_they_say(isa: str) -> None:
+    w, x = weight(MXFP4, 12, 64), rows(5, 128)[:, 32:96]
+    dense = x.contiguous()
+    assert torch.equal(cpu_linear.linear(x, w, isa=isa), cpu_linear.linear(dense, w, isa=isa))
+    grouped = dense.view(5, 2, 32).transpose(0, 1)  # [2, 5, 32]
+    w5 = weight(MXFP4, 10, 32)
+    expected = cpu_linear.grouped_linear(grouped.contiguous(), w5, isa=isa)
+    assert torch.equal(cpu_linear.grouped_linear(grouped, w5, isa=isa), expected)
+    bank, (ids, weights) = bank_of(MXFP4, MXFP4, 3, 64, 32), routed(5, 2, 3)
+    strided = ids.t().contiguous().t(), weights.t().contiguous().t()
+    expected = cpu_linear.experts(dense, ids, weights, bank, limit=None, weigh_first=True, isa=isa)
+    found = cpu_linear.experts(x, *strided, bank, limit=None, weigh_first=True, isa=isa)
+    assert torch.equal(found, expected)
+    expected = cpu_linear.feed_forward(dense, bank.w1[0], bank.w2[0], bank.w3[0], None, isa=isa)
+    assert torch.equal(cpu_linear.feed_forward(x, bank.w1[0], bank.w2[0], bank.w3[0], None, isa=isa), expected)
+
+
+def bank_of(form: WeightFormat, down: WeightFormat, count: int, hidden: int, inner: int) -> Experts:
+    gates = tuple(weight(form, inner, hidden, seed=3 * e) for e in range(count))
+    downs = tuple(weight(down, hidden, inner, seed=3 * e + 1) for e in range(count))
+    return Experts(gates, downs, tuple(weight(form, inner, hidden, seed=3 * e + 2) for e in range(count)))
+
+
+def routed(n: int, topk: int, count: int) -> tuple[Tensor, Tensor]:
+    generator = seeded(n)
+    ids = torch.stack([torch.randperm(count, generator=generator)[:topk] for _ in range(n)]) if n else None
+    weights = torch.rand(n, topk, generator=generator)
+    return torch.empty(0, topk, dtype=torch.int64) if ids is None else ids, weights
+
+
+def experts_law(x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, limit: float | None) -> Tensor:
+    total = torch.zeros_like(x, dtype=torch.float64)
+    for expert in range(len(bank.w1)):
+        share = (weights.double() * (ids == expert)).sum(1, keepdim=True)
+        total += share * feed_forward_law(x, bank.w1[expert], bank.w2[expert], bank.w3[expert], limit)
+    return total
+
+
+def feed_forward_law(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
+    gate, up = law(x, w1), law(x, w3)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * gate.sigmoid() * up) @ reference.dequantize(w2).double().t()
+
+
+@isa_cases
+@pytest.mark.parametrize("limit", [None, 10.0, 0.5])
+@pytest.mark.parametrize("weigh_first", [True, False])
+@pytest.mark.parametrize(
+    ("form", "down", "hidden", "inner"), [(MXFP4, MXFP4, 96, 544), (FP8_BLOCK_F32, BF16, 131, 77), (F32, F32, 9, 1)]
+)
+def test_experts_agree_with_float64_and_the_reference(
+    isa: str, limit: float | None, weigh_first: bool, form: WeightFormat, down: WeightFormat, hidden: int, inner: int
+) -> None:
+    bank = bank_of(form, down, 7, hidden, inner)
+    for n in (0, 1, 2, 13, 40):
+        x, (ids, weights) = rows(n, hidden), routed(n, 3, 7)
+        found = cpu_linear.experts(x, ids, weights, bank, limit=limit, weigh_first=weigh_first, isa=isa)
+        assert_near(found, experts_law(x, ids, weights, bank, limit))
+        plain = reference.experts(x, ids, weights, bank, limit=limit, weigh_first=weigh_first)
+        assert_near(found, plain.double())
+
+
+@isa_cases
+def test_tokens_do_not_influence_each_other_in_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_of(MXFP4, MXFP4, 5, 64, 544)
+    x, (ids, weights) = rows(30, 64), routed(30, 3, 5)
+
+    def run(part: slice) -> Tensor:
+        chosen = (x[part], ids[part], weights[part])
+        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, isa=isa)
+
+    together = run(slice(None))
+    assert torch.equal(torch.cat([run(slice(i, i + 1)) for i in range(30)]), together)
+    assert torch.equal(torch.cat([run(slice(0, 11)), run(slice(11, 30))]), together)
+    monkeypatch.setattr(cpu_linear, "_SLICE_NUMBERS", 13 * (64 + 3 * 544))  # some expert's tokens are split
+    assert torch.equal(run(slice(None)), together)
+
+
+@isa_cases
+@pytest.mark.usefixtures("two_threads")
+def test_two_threads_give_the_experts_of_one(isa: str) -> None:
+    bank = bank_of(MXFP4, MXFP4, 5, 320, 224)
+    for n in (1, 9):
+        x, (ids, weights) = rows(n, 320), routed(n, 3, 5)
+        shared = cpu_linear.experts(x, ids, weights, bank, limit=10.0, weigh_first=True, isa=isa)
+        torch.set_num_threads(1)
+        alone = cpu_linear.experts(x, ids, weights, bank, limit=10.0, weigh_first=True, isa=isa)
+        torch.set_num_threads(2)
+        assert torch.equal(shared, alone)
+
+
+@isa_cases
+@format_cases
+def test_feed_forward_agrees_with_float64(form: WeightFormat, isa: str) -> None:
+    hidden, inner = (64, 96) if form is MXFP4 else (70, 101)
+    w1, w3 = weight(form, inner, hidden, seed=1), weight(form, inner, hidden, seed=2)
+    w2, other = weight(form, hidden, inner, seed=3), weight(form, hidden, inner, seed=4)
+    for n in (0, 1, 5, 40):
+        x = rows(n, hidden)
+        assert_near(cpu_linear.feed_forward(x, w1, w2, w3, 7.0, isa=isa), feed_forward_law(x, w1, w2, w3, 7.0))
+        found = cpu_linear.feed_forward(x, w1, other, w3, None, isa=isa)
+        assert_near(found, feed_forward_law(x, w1, other, w3, None))
+
+
+@isa_cases
+def test_gates_far_out_and_not_finite(isa: str) -> None:
+    """The gate itself, through weights that are the unit matrix."""
+    unit = Weight("unit", (1, 1), F32, torch.ones(1, 1))
+    x = torch.tensor([[-1e30], [-200.0], [-89.0], [-87.0], [-1e-30], [0.0], [1e-30], [50.0], [1e10]])
+    found = cpu_linear.feed_forward(x, unit, unit, unit, None, isa=isa)
+    torch.testing.assert_close(found, reference.feed_forward(x, unit, unit, unit, None), rtol=1e-6, atol=1e-30)
+    nan = torch.tensor([[float("nan")], [3.0]])
+    for limit in (None, 10.0):
+        found = cpu_linear.feed_forward(nan, unit, unit, unit, limit, isa=isa)
+        assert found.isnan().tolist() == [[True], [False]]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def rounded_to_e4m3(x: Tensor) -> Tensor:
+    """What the official inference does to activations: e4m3 with one power of two per 128."""
+    blocks = x.view(x.shape[0], -1, 128)
+    scale = 2.0 ** (blocks.abs().amax(-1, keepdim=True) / 448).log2().ceil()
+    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).view_as(x)
+
+
+@isa_cases
+def test_int8_activations_are_nearer_than_the_official_rounding(isa: str) -> None:
+    """Relative errors 5.4e-3 and 2.6e-2 on normal numbers."""
+    w, x = weight(MXFP4, 99, 2048), rows(33, 2048)
+    expected = law(x, w)
+    official = relative_error(law(rounded_to_e4m3(x), w), expected)
+    for n in (1, 2, 3, 12, 33):
+        error = relative_error(cpu_linear.linear(x[:n], w, int8=True, isa=isa), expected[:n])
+        assert error < 7e-3
+        assert error < official / 3
+
+
+@isa_cases
+@pytest.mark.parametrize("columns", [32, 64, 96, 1024, 1056, 2080])
+def test_int8_products_are_those_of_the_rounded_activations(isa: str, columns: int) -> None:
+    w, x = weight(MXFP4, 37, columns), rows(29, columns)
+    blocks = x.view(29, -1, 32)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.tensor(127.0) / largest  # `127.0 / largest` would round twice
+    rounded = ((blocks * inverse).round() * (largest / 127)).view_as(x)
+    expected, sizes = law(rounded, w), sizes_of(rounded, w)
+    for n in (0, 1, 2, 3, 13, 29):
+        found = cpu_linear.linear(x[:n], w, int8=True, isa=isa)
+        assert_near(found, expected[:n], sizes[:n])
+        assert n == 0 or torch.equal(found[-1:], cpu_linear.linear(x[n - 1 : n], w, int8=True, isa=isa))
+
+
+@isa_cases
+def test_int8_rows_that_are_tiny_or_not_finite(isa: str) -> None:
+    w, x = weight(MXFP4, 9, 96), rows(6, 96)
+    x[0], x[1] = 0.0, 1e-38
+    x[2, 50], x[3, 50] = float("nan"), float("-inf")
+    for part in (x, x[:1], x[1:2]):
+        found = cpu_linear.linear(part, w, int8=True, isa=isa)
+        assert (found[0] == 0).all()
+    found = cpu_linear.linear(x, w, int8=True, isa=isa)
+    assert found.isnan().all(1).tolist() == [False, False, True, True, False, False]
+    assert found[[0, 1, 4, 5]].isfinite().all()
+
+
+@isa_cases
+def test_int8_changes_products_with_fp4_weights_alone(isa: str) -> None:
+    for form in FORMATS:
+        w, x = weight(form, 9, 64), rows(3, 64)
+        plain, rounded = (cpu_linear.linear(x, w, int8=int8, isa=isa) for int8 in (False, True))
+        assert torch.equal(plain, rounded) == (form is not MXFP4)
+        plain, rounded = (cpu_linear.grouped_linear(x.view(1, 3, 64), w, int8=int8, isa=isa) for int8 in (False, True))
+        assert torch.equal(plain, rounded) == (form is not MXFP4)
+
+
+@isa_cases
+@pytest.mark.usefixtures("two_threads")
+def test_int8_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_of(MXFP4, MXFP4, 5, 160, 544)
+    x, (ids, weights) = rows(30, 160), routed(30, 3, 5)
+
+    def run(part: slice) -> Tensor:
+        chosen = (x[part], ids[part], weights[part])
+        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, int8=True, isa=isa)
+
+    together = run(slice(None))
+    assert relative_error(together, experts_law(x, ids, weights, bank, 10.0)) < 2e-2
+    torch.set_num_threads(1)
+    assert torch.equal(run(slice(None)), together)
+    assert torch.equal(torch.cat([run(slice(i, i + 1)) for i in range(30)]), together)
+    monkeypatch.setattr(cpu_linear, "_SLICE_NUMBERS", 13 * (160 + 3 * 544))
+    assert torch.equal(run(slice(None)), together)
+
+
+def test_the_builds_agree() -> None:
+    for form in FORMATS:
+        w, x = weight(form, 65, 544), rows(9, 544)
+        results = [cpu_linear.linear(x, w, isa=isa) for isa in ISAS]
+        for result in results[1:]:
+            assert_near(result, results[0].double())
+
+
+def test_prepare_keeps_the_weight() -> None:
+    w = weight(MXFP4, 4, 32)
+    assert cpu_linear.prepare(w, True) is w
+    assert cpu_linear.prepare(w, False) is w
+
+
+def test_nothing_keeps_a_weight_alive() -> None:
+    bank = bank_of(MXFP4, MXFP4, 2, 32, 32)
+    x, (ids, weights) = rows(2, 32), routed(2, 1, 2)
+    kept = len(cpu_linear._matrices), len(cpu_linear._banks), len(cpu_linear._blocks)
+    cpu_linear.experts(x, ids, weights, bank, limit=None, weigh_first=True)
+    cpu_linear.feed_forward(x, bank.w1[0], bank.w2[0], bank.w3[0], None)
+    assert len(cpu_linear._matrices) >= kept[0] + 6
+    del bank
+    gc.collect()
+    assert (len(cpu_linear._matrices), len(cpu_linear._banks), len(cpu_linear._blocks)) <= kept
+
+
+def test_activations_that_do_not_fit_are_refused() -> None:
+    w = weight(MXFP4, 4, 32)
+    with pytest.raises(ValueError, match=r"x: expected shape for w \(4, 32\), got \(2, 64\)"):
+        cpu_linear.linear(rows(2, 64), w)
+    with pytest.raises(TypeError, match=r"x: expected a tensor of torch\.float32, got torch\.float64"):
+        cpu_linear.linear(rows(2, 32).double(), w)
+    with pytest.raises(ValueError, match=r"x: expected shape for w \(4, 32\), got \(2, 3, 32\)"):
+        cpu_linear.grouped_linear(rows(2, 3, 32), w)
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    x, w = rows(2, 32), weight(MXFP4, 4, 32)
+    with pytest.raises(ValueError, match=r"w: codes: expected shape"):
+        cpu_linear.linear(x, Weight("w", (4, 32), MXFP4, w.data[:3], w.scale))
+    with pytest.raises(ValueError, match=r"w: scales: expected shape"):
+        cpu_linear.linear(x, Weight("w", (4, 32), MXFP4, w.data, w.data))
+    with pytest.raises(ValueError, match="w: expected scales beside codes of mxfp4"):
+        cpu_linear.linear(x, Weight("w", (4, 32), MXFP4, w.data))
+    with pytest.raises(ValueError, match="w: expected a multiple of 32 columns"):
+        cpu_linear.linear(x, Weight("w", (4, 33), MXFP4, w.data, w.scale))
+    with pytest.raises(ValueError, match="w: expected a matrix of"):
+        cpu_linear.linear(x, Weight("w", (4, 32), I64, torch.zeros(4, 32, dtype=torch.int64)))
+    with pytest.raises(TypeError, match=r"w: codes: expected a tensor of torch\.bfloat16, got torch\.float32"):
+        cpu_linear.linear(x, Weight("w", (4, 32), BF16, torch.zeros(4, 32)))
+
+
+def test_experts_that_do_not_fit_are_refused() -> None:
+    bank = bank_of(MXFP4, MXFP4, 2, 32, 64)
+    x, ids, weights = rows(1, 32), torch.tensor([[2]]), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="ids: expected 0 to 1, got 2"):
+        cpu_linear.experts(x, ids, weights, bank, limit=None, weigh_first=True)
+    with pytest.raises(ValueError, match="ids: expected 0 to 1, got -1"):
+        cpu_linear.experts(x, ids - 3, weights, bank, limit=None, weigh_first=True)
+    with pytest.raises(ValueError, match="x: expected rows of 32"):
+        cpu_linear.experts(rows(1, 64), ids - 1, weights, bank, limit=None, weigh_first=True)
+    mixed = Experts(bank.w1, bank.w2, (bank.w3[0], weight(BF16, 64, 32)))
+    with pytest.raises(ValueError, match="w3 of expert 1 has another format or shape"):
+        cpu_linear.experts(x, ids - 1, weights, mixed, limit=None, weigh_first=True)
+    with pytest.raises(ValueError, match="at least one expert"):
+        cpu_linear.experts(x, ids, weights, Experts((), (), ()), limit=None, weigh_first=True)
