@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -123,6 +123,7 @@ def test_round_trip(tokenizer: Callable[[], Tokenizer], text: str) -> None:
 
 @given(text=st.text())
 def test_ordinary_text_has_the_same_ids_both_ways(text: str) -> None:
+    assume(not any(token.content in text for token in full().get_added_tokens_decoder().values()))
     assert real().encode(text) == real().encode(text, control=True) == full().encode(text).ids
 
 

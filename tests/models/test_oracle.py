@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.models.oracle_cases import LIMIT, Case, Choices, Family, Followed, Network, judge, make_case
 
-from tenfold import Engine
+from tenfold import Engine, ops
 from tenfold import config as configuration
 from tenfold.errors import ConfigError
 from tenfold.formats import exact_layout, index_key_fp4
@@ -80,12 +80,14 @@ def test_a_choice_that_is_no_tie_is_not_followed() -> None:
     layout = exact_layout(index_key_fp4(32))
     keys = reference.pack_rows(torch.eye(3, 32), layout)
     q, weights, visible = torch.ones(1, 1, 32), torch.ones(1, 1), torch.tensor([3])
-    tied = Followed(Choices(rows=[torch.tensor([[2]])]))
+    tied = Followed(Choices(rows=[torch.tensor([[2]])]), ops.select("reference")[1])
     assert tied.select_rows(q, weights, keys, layout, visible, 1).tolist() == [[2]]
     assert tied.ties == 1
     q[0, 0, 2] = 0.9
     with pytest.raises(AssertionError, match="no tie"):
-        Followed(Choices(rows=[torch.tensor([[2]])])).select_rows(q, weights, keys, layout, visible, 1)
+        Followed(Choices(rows=[torch.tensor([[2]])]), ops.select("reference")[1]).select_rows(
+            q, weights, keys, layout, visible, 1
+        )
 
 
 def test_latent_norms_of_v32_keep_their_own_eps(tmp_path: Path) -> None:
