@@ -245,9 +245,9 @@ def test_ctrl_c_ends_cleanly_with_130(model: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
     long.write_text("words and words " * 200, encoding="utf-8")
     command = [sys.executable, "-m", "tenfold", "run", str(model), "--file", str(long), "--max-tokens", "1500"]
-    process = subprocess.Popen(
-        [*command, "--context", "2048"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    # The slower backend and no end token: the answer must still be going on when the signal comes.
+    command += ["--backend", "reference", "--logit-bias", "1=-100"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr is not None
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
