@@ -369,7 +369,7 @@ def test_a_pass_cut_short_leaves_no_trace(load: Load, monkeypatch: pytest.Monkey
     whole = in_one_pass(engine, ids)
     session = engine.session(60)
     wire = Tripwire(monkeypatch, engine.backend, site)
-    for length, count in ((0, 13), (30, 1), (31, 14), (3, 1)):
+    for length, count in ((0, 13), (27, 1), (31, 14), (3, 1)):
         session.rewind(0)
         if length:
             session.feed(ids[:length])

@@ -52,12 +52,19 @@ class WindowRing:
     def extend(self, rows: Tensor, position: int) -> Tensor:
         """Adds the rows of positions from `position`; returns them behind the up to window - 1 rows before them."""
         before = min(position, self.window - 1)
-        slots = torch.arange(position - before, position) % self.window
-        pool = torch.cat([self.data[slots], rows])
+        pool = torch.cat([*self._slots(position - before, before), rows])
         last = min(rows.shape[0], self.window)
-        stop = position + rows.shape[0]
-        self.data[torch.arange(stop - last, stop) % self.window] = rows[rows.shape[0] - last :]
+        start = rows.shape[0] - last
+        for slots in self._slots(position + start, last):
+            slots.copy_(rows[start : start + slots.shape[0]])
+            start += slots.shape[0]
         return pool
+
+    def _slots(self, position: int, count: int) -> tuple[Tensor, Tensor]:
+        """Views of the slots of `count` positions from `position`: up to the ring's end, then from its start."""
+        first = position % self.window
+        stop = first + count
+        return self.data[first:stop], self.data[: max(0, stop - self.window)]
 
 
 class CompressorState:

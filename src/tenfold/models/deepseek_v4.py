@@ -176,6 +176,8 @@ class Compressor:
     def _append(self, values: Tensor, gates: Tensor, span: Span) -> None:
         overlap = self.layer.attention == "csa"
         groups = span.streams.state(self.layer.index, self.state).extend(values, gates, span.position)
+        if groups[0].shape[0] <= overlap:  # no group was completed
+            return
         entries = self.ops.rms_norm(self.ops.compress(*groups, overlap), self.norm, self.config.rms_norm_eps)
         stream = span.streams.rows(self.layer.index, self.rows)
         first_token = torch.arange(stream.count, stream.count + entries.shape[0]) * self.layer.ratio
