@@ -91,6 +91,12 @@ void route(const float* logits, const float* bias, int64_t* ids, float* weights,
            int64_t topk, int64_t groups, int64_t topk_group, float scaling, int32_t softplus, int32_t chosen,
            int32_t threads);
 
+// Limits: reads `bytes` bytes once; runs `rounds` rounds of multiply-adds in registers on every thread and says how
+// many operations these were, a multiply-add being two. `seed` holds three numbers the compiler cannot know.
+void peak_read(const uint8_t* data, int64_t bytes, int64_t* sum, int32_t threads);
+void peak_float32(int64_t rounds, const float* seed, int64_t* operations, int32_t threads);
+void peak_int8(int64_t rounds, const int8_t* seed, int64_t* operations, int32_t threads);
+
 }  // namespace TENFOLD_ISA
 #endif
 

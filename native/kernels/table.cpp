@@ -17,6 +17,9 @@ extern const Kernel kernels[] = {
     {"hadamard", reinterpret_cast<void (*)()>(hadamard)},
     {"compress", reinterpret_cast<void (*)()>(compress)},
     {"route", reinterpret_cast<void (*)()>(route)},
+    {"peak_read", reinterpret_cast<void (*)()>(peak_read)},
+    {"peak_float32", reinterpret_cast<void (*)()>(peak_float32)},
+    {"peak_int8", reinterpret_cast<void (*)()>(peak_int8)},
     {nullptr, nullptr},
 };
 

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 ISA_VARIABLE = "TENFOLD_ISA"
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _BUILD_HINT = "build it with `make env` in a clone, or `pip install -e .`"
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -57,6 +57,9 @@ _KERNELS = {
     "compress": (*[_POINTER] * 3, *[_INT64] * 5, *[_INT32] * 2),
     "route": (*[_POINTER] * 4, *[_INT64] * 5, _FLOAT, *[_INT32] * 3),
     "hc_merge": (*[_POINTER] * 5, *[_INT64] * 3, _INT32),
+    "peak_read": (_POINTER, _INT64, _POINTER, _INT32),
+    "peak_float32": (_INT64, _POINTER, _POINTER, _INT32),
+    "peak_int8": (_INT64, _POINTER, _POINTER, _INT32),
 }
 
 

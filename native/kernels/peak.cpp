@@ -1,0 +1,132 @@
+// What this machine reaches at best: the limits that the other kernels are measured against.
+#include "../threads.hpp"
+#include "kernels.hpp"
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int64_t kMany = 1 << 20;  // large enough for split_rows to use all threads
+constexpr int kChains = 12;         // independent sums, enough to hide the latency of one
+
+#ifdef __AVX2__
+
+// A checksum, so that no load can be left out.
+int64_t read_range(const uint8_t* data, int64_t begin, int64_t end) {
+    __m256i sums[4] = {};
+    int64_t at = begin;
+    for (; at + 128 <= end; at += 128) {
+        for (int i = 0; i < 4; ++i) {
+            sums[i] = _mm256_xor_si256(sums[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + at + 32 * i)));
+        }
+        _mm_prefetch(reinterpret_cast<const char*>(data + at + 4096), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(data + at + 4160), _MM_HINT_T0);
+    }
+    const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
+    int64_t lanes[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), all);
+    int64_t sum = lanes[0] ^ lanes[1] ^ lanes[2] ^ lanes[3];
+    for (; at < end; ++at) sum ^= data[at];
+    return sum;
+}
+
+int64_t multiply_float32(int64_t rounds, const float* seed) {
+    __m256 sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm256_set1_ps(seed[0]);
+    const __m256 factor = _mm256_set1_ps(seed[1]), term = _mm256_set1_ps(seed[2]);
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int i = 0; i < kChains; ++i) sums[i] = _mm256_fmadd_ps(sums[i], factor, term);
+    }
+    for (int i = 1; i < kChains; ++i) sums[0] = _mm256_add_ps(sums[0], sums[i]);
+    return static_cast<int64_t>(_mm256_cvtss_f32(sums[0]));
+}
+
+// Products of bytes summed in pairs to 16 bits and added up, as the index and the int8 products do.
+int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
+    __m256i sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm256_set1_epi16(seed[0]);
+    __m256i weights = _mm256_set1_epi8(seed[1]);
+    const __m256i values = _mm256_set1_epi8(seed[2]);
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int i = 0; i < kChains; ++i) {
+            __asm__ volatile("" : "+x"(weights));  // else the product would be computed once
+            sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(weights, values));
+        }
+    }
+    for (int i = 1; i < kChains; ++i) sums[0] = _mm256_add_epi16(sums[0], sums[i]);
+    return _mm256_extract_epi16(sums[0], 0);
+}
+
+constexpr int64_t kFloatLanes = 8, kByteLanes = 32;
+
+#else
+
+int64_t read_range(const uint8_t* data, int64_t begin, int64_t end) {
+    int64_t sum = 0, at = begin;
+    for (; at + 8 <= end; at += 8) {
+        int64_t word;
+        __builtin_memcpy(&word, data + at, sizeof(word));
+        sum ^= word;
+    }
+    for (; at < end; ++at) sum ^= data[at];
+    return sum;
+}
+
+int64_t multiply_float32(int64_t rounds, const float* seed) {
+    float sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = seed[0];
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * seed[1] + seed[2];
+    }
+    for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
+    return static_cast<int64_t>(sums[0]);
+}
+
+int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
+    int32_t sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = seed[0];
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int i = 0; i < kChains; ++i) sums[i] += seed[1] * static_cast<int8_t>(seed[2] ^ sums[i]);
+    }
+    for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
+    return sums[0];
+}
+
+constexpr int64_t kFloatLanes = 1, kByteLanes = 1;
+
+#endif
+
+}  // namespace
+
+void peak_read(const uint8_t* data, int64_t bytes, int64_t* sum, int32_t threads) {
+    *sum = 0;
+    split_rows(bytes, kMany, threads, [=](int64_t begin, int64_t end) {
+        const int64_t part = read_range(data, begin, end);
+        __atomic_fetch_xor(sum, part, __ATOMIC_RELAXED);
+    });
+}
+
+void peak_float32(int64_t rounds, const float* seed, int64_t* operations, int32_t threads) {
+    *operations = 0;
+    split_rows(threads, kMany, threads, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t kept = multiply_float32(rounds, seed) == 1 ? 1 : 0;  // used, so that it is computed
+            __atomic_fetch_add(operations, 2 * kChains * kFloatLanes * rounds + kept, __ATOMIC_RELAXED);
+        }
+    });
+}
+
+void peak_int8(int64_t rounds, const int8_t* seed, int64_t* operations, int32_t threads) {
+    *operations = 0;
+    split_rows(threads, kMany, threads, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t kept = multiply_int8(rounds, seed) == 1 ? 1 : 0;
+            __atomic_fetch_add(operations, 2 * kChains * kByteLanes * rounds + kept, __ATOMIC_RELAXED);
+        }
+    });
+}
+
+}  // namespace tenfold::TENFOLD_ISA

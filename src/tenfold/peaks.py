@@ -1,0 +1,68 @@
+"""What this machine reaches at best: memory reads, float32 and int8 multiply-adds, measured in a second or two.
+
+The limits that kernels are judged by and times are predicted from. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tenfold import _native
+
+__all__ = ["MeasuredPeaks", "measure"]
+
+_READ_BYTES = 1 << 28
+_ROUNDS = 1 << 20
+_RUNS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPeaks:
+    """Medians on all threads of torch's pool; a multiply-add is two operations."""
+
+    read_bytes_per_s: float
+    float32_flops_per_s: float
+    int8_ops_per_s: float
+
+
+def measure(runs: int = _RUNS) -> MeasuredPeaks:
+    """Measures with the kernels of the chosen instruction set; raises BackendMissing where there are none.
+
+    Reads are those of ordinary memory in small pages, as a mapped checkpoint has them. int8 multiply-adds are
+    vpmaddubsw and a 16-bit addition, the way the index and the int8 products go.
+    """
+    return MeasuredPeaks(
+        read_bytes_per_s=_read(runs),
+        float32_flops_per_s=_compute("peak_float32", torch.tensor([1.0, 0.5, 0.25]), runs),
+        int8_ops_per_s=_compute("peak_int8", torch.tensor([1, 2, 3], dtype=torch.int8), runs),
+    )
+
+
+def _read(runs: int) -> float:
+    data, checksum = torch.ones(_READ_BYTES, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    kernel = _native._kernel("peak_read", None)
+    return _READ_BYTES / _median_s(
+        lambda: kernel(data.data_ptr(), _READ_BYTES, checksum.data_ptr(), _native.num_threads()), runs
+    )
+
+
+def _compute(name: str, seed: torch.Tensor, runs: int) -> float:
+    operations = torch.zeros(1, dtype=torch.int64)
+    kernel = _native._kernel(name, None)
+    seconds = _median_s(lambda: kernel(_ROUNDS, seed.data_ptr(), operations.data_ptr(), _native.num_threads()), runs)
+    return int(operations) / seconds
+
+
+def _median_s(run: Callable[[], object], runs: int) -> float:
+    run()
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
