@@ -14,7 +14,7 @@ from math import prod
 from tenfold.config import DeepseekV4Config, DeepseekV32Config, LayerSpec, ModelConfig
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, WeightFormat
 
-__all__ = ["TensorSpec", "active_parameters", "canonical_name", "is_draft", "parameters", "tensors"]
+__all__ = ["TensorSpec", "active_parameters", "canonical_name", "grouped", "is_draft", "parameters", "tensors"]
 
 _LINEAR_V4 = (FP8_BLOCK, FP8_BLOCK_F32, BF16, F32)
 _LINEAR_V32 = (FP8_BLOCK_F32, FP8_BLOCK, BF16, F32)
@@ -52,25 +52,39 @@ class TensorSpec:
 
 def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor of the backbone, in the order of the layers; draft heads are not part of it."""
+    return _listed(config, config.n_routed_experts)
+
+
+def grouped(config: ModelConfig) -> Iterator[tuple[TensorSpec, int]]:
+    """`tensors` with expert 0 standing for all routed experts of its layer, and how many tensors each stands for.
+
+    Counts need no more, and V4-Pro has 70,000 tensors.
+    """
+    for spec in _listed(config, 1):
+        yield spec, config.n_routed_experts if spec.component == "moe_routed" else 1
+
+
+def _listed(config: ModelConfig, experts: int) -> Iterator[TensorSpec]:
+    """The tensors with the first `experts` of the routed experts of each layer."""
     if isinstance(config, DeepseekV4Config):
-        return _tensors_v4(config)
+        return _tensors_v4(config, experts)
     assert isinstance(config, DeepseekV32Config)
-    return _tensors_v32(config)
+    return _tensors_v32(config, experts)
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters of the backbone by component."""
     totals: dict[str, int] = {}
-    for spec in tensors(config):
-        totals[spec.component] = totals.get(spec.component, 0) + spec.numel
+    for spec, count in grouped(config):
+        totals[spec.component] = totals.get(spec.component, 0) + spec.numel * count
     return totals
 
 
 def active_parameters(config: ModelConfig) -> dict[str, float]:
     """Parameters one token uses, by component: without the input embedding and the experts not chosen."""
     totals: dict[str, float] = {}
-    for spec in tensors(config):
-        totals[spec.component] = totals.get(spec.component, 0.0) + spec.numel * spec.active
+    for spec, count in grouped(config):
+        totals[spec.component] = totals.get(spec.component, 0.0) + spec.numel * count * spec.active
     return totals
 
 
@@ -101,7 +115,7 @@ def canonical_name(config: ModelConfig, name: str) -> str:
     return name.removeprefix("model.").replace(".attn.norm.weight", ".attn.kv_norm.weight")
 
 
-def _tensors_v4(c: DeepseekV4Config) -> Iterator[TensorSpec]:
+def _tensors_v4(c: DeepseekV4Config, experts: int) -> Iterator[TensorSpec]:
     d, n = c.hidden_size, c.hc_mult
     yield TensorSpec("embed.weight", (c.vocab_size, d), _HALF, "embed", active=0.0)
     for layer in c.layers:
@@ -113,7 +127,7 @@ def _tensors_v4(c: DeepseekV4Config) -> Iterator[TensorSpec]:
             yield TensorSpec(f"{prefix}hc_{site}_fn", ((2 + n) * n, n * d), _FULL, "mhc")
             yield TensorSpec(f"{prefix}hc_{site}_base", ((2 + n) * n,), _FULL, "mhc")
             yield TensorSpec(f"{prefix}hc_{site}_scale", (3,), _FULL, "mhc")
-        yield from _moe_v4(c, layer, prefix + "ffn.")
+        yield from _moe_v4(c, layer, prefix + "ffn.", experts)
     yield TensorSpec("norm.weight", (d,), _HALF, "norm")
     yield TensorSpec("head.weight", (c.vocab_size, d), _HALF, "lm_head")
     yield TensorSpec("hc_head_fn", (n, n * d), _FULL, "mhc")
@@ -152,14 +166,14 @@ def _compressor_v4(c: DeepseekV4Config, layer: LayerSpec, prefix: str, dim: int)
     yield TensorSpec(prefix + "ape", (layer.ratio, width), _FULL, "compressor")
 
 
-def _moe_v4(c: DeepseekV4Config, layer: LayerSpec, prefix: str) -> Iterator[TensorSpec]:
+def _moe_v4(c: DeepseekV4Config, layer: LayerSpec, prefix: str, listed: int) -> Iterator[TensorSpec]:
     experts, k = c.n_routed_experts, c.num_experts_per_tok
     yield TensorSpec(prefix + "gate.weight", (experts, c.hidden_size), _HALF, "router")
     if layer.router == "hash":
         yield TensorSpec(prefix + "gate.tid2eid", (c.vocab_size, k), (I64,), "hash_table", active=0.0)
     else:
         yield TensorSpec(prefix + "gate.bias", (experts,), _FULL, "router")
-    for expert in range(experts):
+    for expert in range(listed):
         yield from _ffn(c, f"{prefix}experts.{expert}.", ("w1", "w2", "w3"), _EXPERT_V4, "moe_routed", k / experts)
     yield from _ffn(c, prefix + "shared_experts.", ("w1", "w2", "w3"), _LINEAR_V4, "moe_shared", 1.0)
 
@@ -187,7 +201,7 @@ def _ffn(
 _HF_FFN = ("gate_proj", "down_proj", "up_proj")
 
 
-def _tensors_v32(c: DeepseekV32Config) -> Iterator[TensorSpec]:
+def _tensors_v32(c: DeepseekV32Config, experts: int) -> Iterator[TensorSpec]:
     d = c.hidden_size
     yield TensorSpec("model.embed_tokens.weight", (c.vocab_size, d), _HALF, "embed", active=0.0)
     for layer in c.layers:
@@ -195,7 +209,7 @@ def _tensors_v32(c: DeepseekV32Config) -> Iterator[TensorSpec]:
         yield TensorSpec(prefix + "input_layernorm.weight", (d,), _HALF, "norm")
         yield from _attention_v32(c, prefix + "self_attn.")
         yield TensorSpec(prefix + "post_attention_layernorm.weight", (d,), _HALF, "norm")
-        yield from _mlp_v32(c, layer, prefix + "mlp.")
+        yield from _mlp_v32(c, layer, prefix + "mlp.", experts)
     yield TensorSpec("model.norm.weight", (d,), _HALF, "norm")
     yield TensorSpec("lm_head.weight", (c.vocab_size, d), _HALF, "lm_head")
 
@@ -220,7 +234,7 @@ def _attention_v32(c: DeepseekV32Config, prefix: str) -> Iterator[TensorSpec]:
     yield TensorSpec(index + "weights_proj.weight", (c.index_n_heads, d), _HALF, "indexer_gate")
 
 
-def _mlp_v32(c: DeepseekV32Config, layer: LayerSpec, prefix: str) -> Iterator[TensorSpec]:
+def _mlp_v32(c: DeepseekV32Config, layer: LayerSpec, prefix: str, listed: int) -> Iterator[TensorSpec]:
     if layer.router == "dense":
         yield from _ffn(c, prefix, _HF_FFN, _LINEAR_V32, "dense_ffn", 1.0, c.intermediate_size)
         return
@@ -228,6 +242,6 @@ def _mlp_v32(c: DeepseekV32Config, layer: LayerSpec, prefix: str) -> Iterator[Te
     yield TensorSpec(prefix + "gate.weight", (experts, c.hidden_size), _HALF, "router")
     yield TensorSpec(prefix + "gate.e_score_correction_bias", (experts,), _FULL, "router")
     share = c.num_experts_per_tok / experts
-    for expert in range(experts):
+    for expert in range(listed):
         yield from _ffn(c, f"{prefix}experts.{expert}.", _HF_FFN, _LINEAR_V32, "moe_routed", share)
     yield from _ffn(c, prefix + "shared_experts.", _HF_FFN, _LINEAR_V32, "moe_shared", 1.0)
