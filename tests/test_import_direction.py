@@ -19,7 +19,7 @@ LAYERS = (
     ("errors",),
     ("config", "formats", "checkpoint", "shards"),
     ("machine", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
-    ("weights", "streams", "step", "sampler", "models", "quantise", "peaks"),
+    ("weights", "streams", "step", "sampler", "models", "quantise", "peaks", "counting"),
     ("engine", "store", "synth", "inspection", "doctor"),
     ("tenfold",),
     ("completion", "scheduler", "terminal"),

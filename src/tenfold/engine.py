@@ -18,9 +18,11 @@ from torch import Tensor
 from tenfold import checkpoint, ops
 from tenfold import config as configuration
 from tenfold.config import DeepseekV4Config, ModelConfig
+from tenfold.counting import CountingOps, counting
 from tenfold.errors import ContextTooLong, InputError, UsageError
 from tenfold.machine import this_machine
 from tenfold.models import Binder, Model, build
+from tenfold.planner import Work
 from tenfold.sampler import Sampled, Sampler, SamplingParams
 from tenfold.step import Span, Step
 from tenfold.streams import RestorePoint, Streams
@@ -57,12 +59,22 @@ def checked_numerics(name: str) -> Numerics:
 class Engine:
     """A loaded model on a backend; make sessions with `session()`."""
 
-    def __init__(self, config: ModelConfig, model: Model, *, backend: str, exact: bool, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: Model,
+        *,
+        backend: str,
+        exact: bool,
+        chunk_tokens: int,
+        counter: CountingOps | None = None,
+    ) -> None:
         self.config = config
         self.model = model
         self.backend = backend
         self.exact = exact
         self.chunk_tokens = chunk_tokens
+        self._counter = counter
 
     @classmethod
     def load(
@@ -72,10 +84,12 @@ class Engine:
         numerics: Numerics = "deployed",
         memory: str | int | None = None,
         store: None = None,
+        count: bool = False,
     ) -> Engine:
         """Opens a checkpoint folder or an embedded model.
 
-        `memory` bounds what is unpacked and computed at once (default: half of what is free).
+        `memory` bounds what is unpacked and computed at once (default: half of what is free). With `count`,
+        `counted` tells the work of the last pass.
 
         Raises ConfigError, CheckpointError, BackendMissing or UsageError. `store` is reserved for the disk store.
         """
@@ -87,10 +101,21 @@ class Engine:
         config = configuration.load(source)
         weights = _open(source, config)
         resident = 4 * sum(spec.numel for spec in checkpoint.tensors(config)) <= budget // 2
+        counter = None
+        if count:
+            operations, counter = counting(operations, config)
         bind = Binder(weights.take, operations, resident, exact=exact)
         model = build(config, bind)
         weights.finish()
-        return cls(config, model, backend=name, exact=exact, chunk_tokens=_chunk_tokens(config, budget))
+        chunk_tokens = _chunk_tokens(config, budget)
+        return cls(config, model, backend=name, exact=exact, chunk_tokens=chunk_tokens, counter=counter)
+
+    @property
+    def counted(self) -> tuple[Work, ...]:
+        """Multiply-adds and bytes of the last pass by component, comparable with `planner.step_work`."""
+        if self._counter is None:
+            raise UsageError("this engine does not count; load it with count=True")
+        return self._counter.counted
 
     def session(self, context: int | None = None) -> Session:
         """A new, empty timeline for up to `context` tokens (default: what the model was trained for)."""
@@ -124,6 +149,8 @@ class Engine:
         )
         for session in batch:
             session.in_flight = True
+        if self._counter is not None:
+            self._counter.restart()
         with torch.no_grad():
             logits = self.model.forward(step)
         for row, (session, ids) in enumerate(batch.items()):

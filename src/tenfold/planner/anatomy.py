@@ -13,12 +13,22 @@ from tenfold.checkpoint import TensorSpec, grouped
 from tenfold.config import DeepseekV4Config, DeepseekV32Config, LayerSpec, ModelConfig
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4, RowLayout, WeightFormat, exact_layout
 
-__all__ = ["Anatomy", "AttentionKind", "Matrices", "Precision", "dissect", "loaded", "official", "unpacked"]
+__all__ = [
+    "PRECISIONS",
+    "Anatomy",
+    "AttentionKind",
+    "Matrices",
+    "Precision",
+    "dissect",
+    "loaded",
+    "official",
+    "unpacked",
+]
 
 Precision = Literal["fp8", "fp4xfp8", "bf16", "f32", "fp4"]
 """What is multiplied with what: fp8 pairs, fp4 weights with fp8 activations, bf16, float32, fp4 pairs."""
 
-_PRECISIONS: dict[str, Precision] = {
+PRECISIONS: dict[str, Precision] = {
     FP8_BLOCK.name: "fp8",
     FP8_BLOCK_F32.name: "fp8",
     MXFP4.name: "fp4xfp8",
@@ -147,7 +157,7 @@ def dissect(config: ModelConfig, storage: StorageRule = official, *, exact: bool
         if spec.active == 0.0:
             lookup_bytes += form.bytes_of((1, spec.shape[-1])) if form.block is None else 0
             continue
-        key = (spec.component, _PRECISIONS[form.name], spec.active)
+        key = (spec.component, PRECISIONS[form.name], spec.active)
         found = parts.get(key) or _start(config, *key)
         used = config.num_experts_per_tok if spec.component == "moe_routed" else 1
         macs = spec.numel * used if _is_multiplied(spec) else 0
