@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold import Engine, SamplingParams
+from tenfold import Engine, SamplingParams, ops
 from tenfold import config as configuration
 from tenfold.engine import Session, parse_bytes
 from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, UsageError
@@ -348,7 +347,7 @@ class Tripwire:
     """Raises at the k-th call of an operation, once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str, site: str) -> None:
-        operations = sys.modules[f"tenfold.ops.{backend}"]
+        _, operations = ops.select(backend, exact=False)
         self.operation = getattr(operations, site)
         self.calls, self.trip_at, self.error = 0, 0, RuntimeError("tripped")
         monkeypatch.setattr(operations, site, self)

@@ -42,7 +42,7 @@ N = TypeVar("N", int, float)
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or the embedded model tiny-v4-flash.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Backend = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
-Numerics = Annotated[str, typer.Option(help="deployed: KV and index keys quantised as trained for; exact: neither.")]
+Numerics = Annotated[str, typer.Option(help="deployed: KV, index keys and activations rounded; exact: none.")]
 Memory = Annotated[str | None, typer.Option(help="Memory budget, such as 12G (default: half of what is free).")]
 Context = Annotated[int | None, typer.Option(help="Tokens the session may hold (default: the model's context).")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]

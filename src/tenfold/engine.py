@@ -31,7 +31,8 @@ from tenfold.weights import Weights, open_weights
 __all__ = ["Engine", "Session", "Snapshot", "checked_numerics", "parse_bytes"]
 
 Numerics = Literal["deployed", "exact"]
-"""KV rows and index keys in the formats the models were trained for, or neither quantised."""
+"""As the models were trained to run: KV rows and index keys quantised, a backend free to round activations; or all
+in float32."""
 
 _MAX_CHUNK_TOKENS = 4096
 _MAX_POINTS = 8
@@ -96,7 +97,7 @@ class Engine:
         exact = checked_numerics(numerics) == "exact"
         if store is not None:
             raise UsageError("this version has no disk store yet; leave store at None")
-        name, operations = ops.select(backend)
+        name, operations = ops.select(backend, exact=exact)
         budget = this_machine().ram_available_bytes // 2 if memory is None else parse_bytes(memory)
         config = configuration.load(source)
         weights = _open(source, config)

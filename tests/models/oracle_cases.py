@@ -404,7 +404,7 @@ def _keep(kept: list[Tensor]) -> Any:
 
 def _follow(folder: Path, backend: str, ids: list[int], choices: Choices, prompt: int) -> tuple[Tensor, int]:
     """This engine's logits from the prompt's end on with the oracle's choices wherever the border is a tie."""
-    followed = Followed(choices, ops.select(backend)[1])
+    followed = Followed(choices, ops.select(backend, exact=True)[1])
     with mock.patch.object(ops, "select", return_value=(backend, followed)):
         engine = Engine.load(folder, numerics="exact")
     session = engine.session(len(ids))

@@ -80,12 +80,12 @@ def test_a_choice_that_is_no_tie_is_not_followed() -> None:
     layout = exact_layout(index_key_fp4(32))
     keys = reference.pack_rows(torch.eye(3, 32), layout)
     q, weights, visible = torch.ones(1, 1, 32), torch.ones(1, 1), torch.tensor([3])
-    tied = Followed(Choices(rows=[torch.tensor([[2]])]), ops.select("reference")[1])
+    tied = Followed(Choices(rows=[torch.tensor([[2]])]), ops.select("reference", exact=True)[1])
     assert tied.select_rows(q, weights, keys, layout, visible, 1).tolist() == [[2]]
     assert tied.ties == 1
     q[0, 0, 2] = 0.9
     with pytest.raises(AssertionError, match="no tie"):
-        Followed(Choices(rows=[torch.tensor([[2]])]), ops.select("reference")[1]).select_rows(
+        Followed(Choices(rows=[torch.tensor([[2]])]), ops.select("reference", exact=True)[1]).select_rows(
             q, weights, keys, layout, visible, 1
         )
 

@@ -190,10 +190,11 @@ class Ops(Protocol):
         """w2(silu(w1 x) * w3 x) -> [n, d]; the shared expert and the dense layers."""
 
 
-def select(name: str) -> tuple[str, Ops]:
+def select(name: str, *, exact: bool) -> tuple[str, Ops]:
     """The backend called `name`, with the name it resolves to; one that is missing is an error, never replaced.
 
-    `auto` is cpu where the native library is built, else reference.
+    `auto` is cpu where the native library is built, else reference. Unless `exact`, a backend may round activations
+    as finely as the models were trained for.
     """
     if name == "auto":
         name = "cpu" if _is_built() else "reference"
@@ -202,10 +203,10 @@ def select(name: str) -> tuple[str, Ops]:
 
         return name, cast(Ops, reference)
     if name == "cpu":
-        from tenfold.ops import cpu
+        from tenfold.ops import cpu, cpu_int8
 
         _native.isa()  # raises BackendMissing with the command to build it
-        return name, cast(Ops, cpu)
+        return name, cast(Ops, cpu if exact else cpu_int8)
     if name in BACKENDS:
         raise BackendMissing(f"backend {name!r} is not part of this version; use --backend cpu or reference")
     raise UsageError(f"unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}")

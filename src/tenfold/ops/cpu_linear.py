@@ -2,7 +2,8 @@
 
 Weights are multiplied as they are stored, so a mapped checkpoint needs no memory of its own. Activations stay
 float32, and the only error is that of float32 sums, about 1e-7. With `int8` those that meet MXFP4 weights are rounded
-to int8, one scale per 32, which is faster; its error is measured in the tests. Knows nothing of any other operation.
+to int8, one scale per 32, which is faster; docs/concepts/numerics.md has its error. Knows nothing of any other
+operation, nor who chooses.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""Error of rounded activations: MXFP4 products of V4-Flash's shapes against float64. Knows nothing of speed.
+
+    python benchmarks/activations.py
+
+float32 and int8 per 32 are the kernels themselves; e4m3 per 128 with a scale that is a power of two is what the
+official inference multiplies, in float64 but for that rounding. Errors are norms relative to the result's; the largest
+single one is relative to the result's root mean square. Writes benchmarks/results/activations.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from tenfold.formats import MXFP4
+from tenfold.ops import Weight, cpu, cpu_int8, reference
+from tenfold.quantise import quantize, scale_bytes, scale_values
+
+RESULTS = Path(__file__).parent / "results" / "activations.csv"
+NUM_ROWS, HIDDEN, INNER, LIMIT = 64, 4096, 2048, 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The weights in float64, as the kernels' codes say."""
+
+    w1: Tensor
+    w2: Tensor
+    w3: Tensor
+
+    def linear(self, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        return rounded(x) @ self.w1.t()
+
+    def expert(self, x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        x = rounded(x)
+        gate, up = (x @ self.w1.t()).clamp(max=LIMIT), (x @ self.w3.t()).clamp(-LIMIT, LIMIT)
+        return rounded(silu(gate) * up) @ self.w2.t()
+
+
+def main() -> None:
+    torch.manual_seed(1)
+    shapes = ((INNER, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN))
+    weights = [quantize("w", torch.randn(shape) * shape[1] ** -0.5, MXFP4) for shape in shapes]
+    rows = [row for name, x in inputs() for row in measured(name, x, weights)]
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print("  ".join(row.values()))
+
+
+def inputs() -> Iterator[tuple[str, Tensor]]:
+    """Of unit size: normal; with one channel of a hundred thirty times as large; a gated product of two normals."""
+    normal = torch.randn(NUM_ROWS, HIDDEN)
+    outliers = torch.where(torch.rand(HIDDEN) < 0.01, 30.0, 1.0)
+    gated = silu(2 * torch.randn(NUM_ROWS, HIDDEN)) * torch.randn(NUM_ROWS, HIDDEN)
+    for name, x in (("normal", normal), ("outlier channels", normal * outliers), ("gated", gated)):
+        yield name, x / x.square().mean().sqrt()
+
+
+def measured(name: str, x: Tensor, weights: list[Weight]) -> Iterator[dict[str, str]]:
+    w1, w2, w3 = weights
+    dense = Dense(*(reference.dequantize(weight).double() for weight in weights))
+    ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "float32": (partial(cpu.linear, x, w1), partial(cpu.feed_forward, x, w1, w2, w3, LIMIT)),
+        "int8 per 32": (partial(cpu_int8.linear, x, w1), partial(cpu_int8.feed_forward, x, w1, w2, w3, LIMIT)),
+        "e4m3 per 128": (
+            partial(dense.linear, x.double(), rounded_to_e4m3),
+            partial(dense.expert, x.double(), rounded_to_e4m3),
+        ),
+    }
+    laws = dense.linear(x.double(), unrounded), dense.expert(x.double(), unrounded)
+    for activations, found in ways.items():
+        for operation, run, law in zip(("linear", "expert"), found, laws, strict=True):
+            error = run().double() - law
+            yield {
+                "operation": operation,
+                "inputs": name,
+                "activations": activations,
+                "relative_error": f"{float(error.norm() / law.norm()):.2e}",
+                "largest_error": f"{float(error.abs().max() / law.square().mean().sqrt()):.2e}",
+            }
+
+
+def unrounded(x: Tensor) -> Tensor:
+    return x
+
+
+def rounded_to_e4m3(x: Tensor) -> Tensor:
+    """float64 [n, in], each 128 of a row rounded to e4m3 under a scale of their own (spec 3.1)."""
+    blocks = x.unflatten(1, (-1, 128))
+    scale = scale_values(scale_bytes(blocks.abs().amax(2, keepdim=True), 448.0, 1e-4))
+    return ((blocks / scale).to(torch.float8_e4m3fn).double() * scale).flatten(1)
+
+
+if __name__ == "__main__":
+    main()

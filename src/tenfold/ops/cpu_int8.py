@@ -1,0 +1,57 @@
+"""The native CPU backend with activations rounded to int8, one scale per 32, wherever they meet MXFP4 weights.
+
+What deployed numerics run: nearer to float32 than the official inference's own rounding (docs/concepts/numerics.md).
+Every other operation is that of `ops/cpu.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tenfold.ops import cpu_linear
+from tenfold.ops.cpu import (
+    compress,
+    dequantize,
+    embed,
+    hadamard,
+    hc_collapse,
+    hc_merge,
+    hc_mix,
+    layer_norm,
+    pack_rows,
+    prepare,
+    rms_norm,
+    rope,
+    route,
+    select_rows,
+    sparse_attention,
+    unpack_rows,
+)
+
+__all__ = [
+    "compress",
+    "dequantize",
+    "embed",
+    "experts",
+    "feed_forward",
+    "grouped_linear",
+    "hadamard",
+    "hc_collapse",
+    "hc_merge",
+    "hc_mix",
+    "layer_norm",
+    "linear",
+    "pack_rows",
+    "prepare",
+    "rms_norm",
+    "rope",
+    "route",
+    "select_rows",
+    "sparse_attention",
+    "unpack_rows",
+]
+
+linear = partial(cpu_linear.linear, int8=True)
+grouped_linear = partial(cpu_linear.grouped_linear, int8=True)
+feed_forward = partial(cpu_linear.feed_forward, int8=True)
+experts = partial(cpu_linear.experts, int8=True)
