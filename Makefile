@@ -6,9 +6,10 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.tenfold-env
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)
+SANITIZED_TESTS := -q -m 'not slow' -k 'cpu or native' tests/ops tests/test_native.py tests/test_engine.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-all lint oracle clean
+.PHONY: help env run test test-all lint sanitize oracle clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,11 +34,16 @@ lint: env ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## style, types and tests
+test: lint ## style, types, tests and the sanitizers
 	$(BIN)/pytest -q -m 'not slow'
+	@$(MAKE) --no-print-directory sanitize
 
 test-all: lint ## the same with the slow tests
 	$(BIN)/pytest -q
+	@$(MAKE) --no-print-directory sanitize
+
+sanitize: env ## the tests of the kernels, every read and write checked
+	CXX="$(CXX)" tests/sanitize $(BIN)/python $(SANITIZED_TESTS)
 
 oracle: env ## the full comparison with the reference implementation
 	$(BIN)/python benchmarks/oracle.py

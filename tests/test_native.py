@@ -172,9 +172,18 @@ def test_an_isa_that_this_cpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(_native.LIBRARY_VARIABLE, raising=False)
     monkeypatch.setattr(sys.modules["tenfold"], "__path__", [str(tmp_path)])
     with pytest.raises(BackendMissing, match=r"not built: looked in .*make env.*pip install -e \."):
         _native.library_path()
+
+
+def test_the_variable_names_another_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(_native.LIBRARY_VARIABLE, str(tmp_path / "other.so"))
+    with pytest.raises(BackendMissing, match=r"TENFOLD_LIBRARY names .*other\.so, which is no file"):
+        _native.library_path()
+    (tmp_path / "other.so").touch()
+    assert _native.library_path() == tmp_path / "other.so"
 
 
 def test_a_library_that_does_not_load_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

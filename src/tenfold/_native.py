@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ISA_VARIABLE",
+    "LIBRARY_VARIABLE",
     "Argument",
     "available_isas",
     "built_isas",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 ISA_VARIABLE = "TENFOLD_ISA"
+LIBRARY_VARIABLE = "TENFOLD_LIBRARY"
 _ABI_VERSION = 3
 _BUILD_HINT = "build it with `make env` in a clone, or `pip install -e .`"
 
@@ -172,7 +174,14 @@ def num_threads() -> int:
 
 
 def library_path() -> Path:
-    """Where the library lies: beside this file in a wheel, in site-packages for an editable install."""
+    """Where the library lies: beside this file in a wheel, in site-packages for an editable install.
+
+    TENFOLD_LIBRARY names another build of it, such as the one `make sanitize` makes.
+    """
+    if named := os.environ.get(LIBRARY_VARIABLE):
+        if not Path(named).is_file():
+            raise BackendMissing(f"{LIBRARY_VARIABLE} names {named}, which is no file; name a libtenfold.so or unset it.")
+        return Path(named)
     folders = [Path(folder) for folder in sys.modules["tenfold"].__path__]
     for folder in folders:
         if (folder / "libtenfold.so").is_file():
