@@ -180,7 +180,9 @@ def library_path() -> Path:
     """
     if named := os.environ.get(LIBRARY_VARIABLE):
         if not Path(named).is_file():
-            raise BackendMissing(f"{LIBRARY_VARIABLE} names {named}, which is no file; name a libtenfold.so or unset it.")
+            raise BackendMissing(
+                f"{LIBRARY_VARIABLE} names {named}, which is no file; name a libtenfold.so or unset it."
+            )
         return Path(named)
     folders = [Path(folder) for folder in sys.modules["tenfold"].__path__]
     for folder in folders:
