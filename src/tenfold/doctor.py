@@ -73,7 +73,11 @@ def _backends(machine: Machine, kernels: Check) -> list[Check]:
     gpus = ", ".join(gpu.name for gpu in machine.gpus) or "no GPU found"
     built = kernels.state == "ok"
     return [
-        Check("backend cpu", kernels.state, "the native kernels; what `auto` chooses; deployed numerics: int8 activations" if built else "not built"),
+        Check(
+            "backend cpu",
+            kernels.state,
+            "the native kernels; what `auto` chooses; deployed numerics: int8 activations" if built else "not built",
+        ),
         Check("backend reference", "ok", "plain torch, float32" + ("" if built else "; what `auto` chooses")),
         Check("backend triton", "missing", f"not part of this version; {gpus}"),
     ]
