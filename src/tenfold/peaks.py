@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tenfold import _native
 
@@ -30,28 +31,29 @@ class MeasuredPeaks:
     int8_ops_per_s: float
 
 
-def measure(runs: int = _RUNS) -> MeasuredPeaks:
+def measure(runs: int = _RUNS, data: Tensor | None = None) -> MeasuredPeaks:
     """Measures with the kernels of the chosen instruction set; raises BackendMissing where there are none.
 
-    Reads are those of ordinary memory in small pages, as a mapped checkpoint has them. int8 multiply-adds are
-    vpmaddubsw and a 16-bit addition, the way the index and the int8 products go.
+    Reads are those of `data`, dense and far larger than the caches, else of fresh memory: on a virtual machine one
+    piece of memory may read at twice the rate of another. int8 multiply-adds are vpmaddubsw and a 16-bit addition,
+    the way the index and the int8 products go.
     """
     return MeasuredPeaks(
-        read_bytes_per_s=_read(runs),
+        read_bytes_per_s=_read(torch.ones(_READ_BYTES, dtype=torch.uint8) if data is None else data, runs),
         float32_flops_per_s=_compute("peak_float32", torch.tensor([1.0, 0.5, 0.25]), runs),
         int8_ops_per_s=_compute("peak_int8", torch.tensor([1, 2, 3], dtype=torch.int8), runs),
     )
 
 
-def _read(runs: int) -> float:
-    data, checksum = torch.ones(_READ_BYTES, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+def _read(data: Tensor, runs: int) -> float:
+    checksum = torch.zeros(1, dtype=torch.int64)
     kernel = _native._kernel("peak_read", None)
-    return _READ_BYTES / _median_s(
-        lambda: kernel(data.data_ptr(), _READ_BYTES, checksum.data_ptr(), _native.num_threads()), runs
+    return data.nbytes / _median_s(
+        lambda: kernel(data.data_ptr(), data.nbytes, checksum.data_ptr(), _native.num_threads()), runs
     )
 
 
-def _compute(name: str, seed: torch.Tensor, runs: int) -> float:
+def _compute(name: str, seed: Tensor, runs: int) -> float:
     operations = torch.zeros(1, dtype=torch.int64)
     kernel = _native._kernel(name, None)
     seconds = _median_s(lambda: kernel(_ROUNDS, seed.data_ptr(), operations.data_ptr(), _native.num_threads()), runs)
