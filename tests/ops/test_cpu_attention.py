@@ -169,6 +169,22 @@ def test_attention_of_a_query_does_not_depend_on_its_company(heads: int, monkeyp
         assert torch.equal(torch.cat(parts), one), step
 
 
+SCALES = (0, 1, 64, 120, 127, 140)
+"""Bytes of 2^-127, which is subnormal, to 2^13."""
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_attention_to_rows_of_every_code(scale: int, threads: int) -> None:
+    rows = packed(256, V4_TINY)
+    codes = ((torch.arange(256)[:, None] + 7 * torch.arange(64)) % 256).byte()
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+    rows[:, :64], rows[:, V4_TINY.scale_offset] = codes, scale
+    q = random(3, 5, 128) * 2.0 ** (120 - max(scale, 120))
+    sources = [prefix(rows, V4_TINY, torch.tensor([256, 255, 31])), listed(rows, V4_TINY, 3, 200)]
+    arguments = (q, sources, weight(random(5)), 0.1, 128, 0)
+    close(cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments))
+
+
 def test_attention_refuses_what_does_not_fit() -> None:
     q, rows = random(2, 3, 128), packed(5, V4_TINY)
     bound = torch.tensor([3, 6])
@@ -238,6 +254,31 @@ def test_selection_is_that_of_the_best_scores(layout: RowLayout, heads: int, rou
         for topk in (1, 16, 100, 999):
             chosen = cpu_attention.select_rows(q, weights, keys, layout, visible, topk)
             check_selection(chosen, exact, visible, topk)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("rounded", [True, False])
+def test_selection_among_keys_of_every_code(scale: int, rounded: bool, threads: int) -> None:
+    """Half of the keys have the scale given, half one near 1 that makes them larger or smaller than all of those."""
+    layout = index_key_fp4(64)
+    keys = packed(512, layout)
+    keys[:, :32] = ((torch.arange(512)[:, None] + 7 * torch.arange(32)) % 256).byte()
+    keys[:, layout.scale_offset : layout.scale_offset + 2] = scale
+    keys[::2, layout.scale_offset : layout.scale_offset + 2] = 126
+    q = random(3, 6, 64)
+    q, weights, visible = deployed(q, layout) if rounded else q, random(3, 6).abs(), torch.tensor([512, 511, 129])
+    exact = scores(q, weights, keys, layout)
+    for topk in (16, 400):
+        check_selection(cpu_attention.select_rows(q, weights, keys, layout, visible, topk), exact, visible, topk)
+
+
+@pytest.mark.parametrize("count", [1, 3, 31, 33, 127, 129, 1000])
+def test_selection_by_and_among_odd_numbers_of_rows(count: int, threads: int) -> None:
+    layout = index_key_fp4(64)
+    q, weights, keys = deployed(random(count, 4, 64), layout), random(count, 4), packed(count, layout)
+    visible = torch.arange(count) + 1
+    chosen = cpu_attention.select_rows(q, weights, keys, layout, visible, 30)
+    check_selection(chosen, scores(q, weights, keys, layout), visible, 30)
 
 
 def test_selection_of_few_rows_takes_them_all(threads: int) -> None:

@@ -14,7 +14,7 @@ from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, Wei
 from tenfold.ops import Experts, Weight, cpu_linear, reference
 
 FORMATS = (F32, BF16, FP8_BLOCK, FP8_BLOCK_F32, MXFP4)
-ROWS = (0, 1, 2, 3, 4, 5, 12, 13, 31, 33, 127, 129)
+ROWS = (0, 1, 2, 3, 4, 5, 12, 13, 31, 33, 127, 129, 1000)
 ISAS = _native.available_isas()
 
 format_cases = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)

@@ -89,7 +89,14 @@ def _checked(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ..
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected contiguous memory, got strides {tensor.stride()} for shape {shape}")
-    return tensor.data_ptr()
+    return _aligned(name, tensor)
+
+
+def _aligned(name: str, tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if address % tensor.itemsize:
+        raise ValueError(f"{name}: its memory is not aligned to {tensor.itemsize} bytes; clone it first")
+    return address
 
 
 def _checked_rows(name: str, packed: Tensor, layout: RowLayout, width: int) -> int:
@@ -135,7 +142,7 @@ def rope(
         raise TypeError(f"x: expected a tensor of torch.float32 on cpu, got {x.dtype} on {x.device}")
     positions, frequencies = positions.contiguous(), frequencies.contiguous()
     given = (
-        x.data_ptr(),
+        _aligned("x", x),
         _checked("positions", positions, torch.int64, (n,)),
         _checked("frequencies", frequencies, torch.float32, (dim // 2,)),
     )
@@ -166,8 +173,8 @@ def compress(values: Tensor, gates: Tensor, overlap: bool) -> Tensor:
             raise TypeError(f"{name}: expected a tensor of torch.float32 on cpu, got {tensor.dtype} on {tensor.device}")
     out = torch.empty(groups - 1 if overlap else groups, width // 2 if overlap else width)
     _kernel("compress")(
-        values.data_ptr(),
-        gates.data_ptr(),
+        _aligned("values", values),
+        _aligned("gates", gates),
         out.data_ptr(),
         groups,
         ratio,
