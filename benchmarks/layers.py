@@ -2,9 +2,10 @@
 
     python benchmarks/layers.py [--tokens 1200] [--greedy 2000]
 
-Random networks in the shape of V4-Flash, V4-Pro and V3.2 and the embedded model, exact and deployed numerics. The
-error of the residual after every layer goes to layers.csv, the judgement of the embedded model's tokens to tokens.csv.
-What the columns mean is said in tests/models/layer_errors.py; what is allowed, in tests/models/test_layers.py.
+Random networks in the shape of V4-Flash, V4-Pro and V3.2 and the embedded model, exact and deployed numerics, the
+latter with float32 activations too. The error of the residual after every layer goes to layers.csv, the judgement of
+the embedded model's tokens to tokens.csv. What the columns mean is said in
+tests/models/layer_errors.py; what is allowed, in tests/models/test_layers.py.
 """
 
 from __future__ import annotations
@@ -22,16 +23,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests are no installed package
 
-from tests.models.layer_errors import SHAPES, Layer, greedy, layers, random_ids, small_network, tokens  # noqa: E402
+from tests.models.layer_errors import (  # noqa: E402
+    NUMERICS,
+    SHAPES,
+    Layer,
+    engines,
+    greedy,
+    layers,
+    random_ids,
+    small_network,
+    tokens,
+)
 
-from tenfold import Engine, _native  # noqa: E402
+from tenfold import _native  # noqa: E402
 from tenfold.config import locate  # noqa: E402
 from tenfold.demo import MODEL, embedded_document  # noqa: E402
 from tenfold.tokenizer import Tokenizer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 HIDDEN = 512
-NUMERICS = ("exact", "deployed")
 PROMPT_TOKENS = 500
 
 
@@ -51,11 +61,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1200, help="tokens read by every network (1200)")
     parser.add_argument("--greedy", type=int, default=2000, help="tokens chosen by the embedded model (2000)")
     return parser.parse_args()
-
-
-def engines(folder: Path, numerics: Any) -> tuple[Engine, Engine]:
-    """The reference and the kernels on one checkpoint."""
-    return Engine.load(folder, "reference", numerics), Engine.load(folder, "cpu", numerics)
 
 
 def layer_rows(networks: dict[str, Path], num_tokens: int) -> Iterator[dict[str, Any]]:

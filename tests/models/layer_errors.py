@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from tenfold import Engine, SamplingParams
+from tenfold import Engine, SamplingParams, ops
 from tenfold.config import ModelConfig
 from tenfold.synth import shrink, synth
 
@@ -25,8 +26,8 @@ SHAPES: dict[str, dict[str, int]] = {
 """What a small network keeps of its preset: every kind of layer, and fewer selected rows than a short prompt has."""
 
 
-NUDGE = 2.0**-22
-"""Two units in the last place: about what one layer in another order of summation differs by."""
+NUMERICS = ("exact", "deployed-f32", "deployed")
+"""What the kernels run: as the engine has it, and deployed rows and keys with activations left in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Error:
     """Norm of a difference relative to the norm of what it should be: over all tokens, and token by token."""
 
     all_tokens: float
+    median_token: float
     most_tokens: float
     """Of the 99th of a hundred tokens: what a tie in one of them does is left out."""
     worst_token: float
@@ -44,8 +46,8 @@ class Layer:
     """What becomes of the residual in one layer.
 
     `fed`: the layer read what the reference's layer read. `run`: it read the output of its own predecessor, so errors
-    compound. `nudged`: the reference against itself, every layer's input off by NUDGE: what compounding does to an
-    error of that size, whoever makes it.
+    compound. `nudged`: the reference against itself, every layer's input off by the median of `fed` in a random
+    direction: what compounding does to errors of that size, whoever makes them.
     """
 
     index: int
@@ -76,6 +78,14 @@ def small_network(preset: str, folder: Path, hidden: int) -> Path:
     return folder
 
 
+def engines(folder: Path, numerics: str) -> tuple[Engine, Engine]:
+    """The reference and the kernels on one checkpoint, one of NUMERICS."""
+    stored: Any = numerics.removesuffix("-f32")
+    select = ops.select
+    with mock.patch.object(ops, "select", lambda name, exact: select(name, exact=exact or stored != numerics)):
+        return Engine.load(folder, "reference", stored), Engine.load(folder, "cpu", stored)
+
+
 def random_ids(config: ModelConfig, count: int) -> list[int]:
     """`count` token ids, the same at every call."""
     return torch.randint(2, config.vocab_size, (count,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -84,14 +94,15 @@ def random_ids(config: ModelConfig, count: int) -> list[int]:
 def layers(reference: Engine, other: Engine, ids: Sequence[int]) -> list[Layer]:
     """The errors of every layer of `other` over `ids`, which have to fit one chunk."""
     inputs, law = residuals(reference, ids, unchanged)
-    passes = (
-        residuals(other, ids, lambda layer, h: inputs[layer]),
-        residuals(other, ids, unchanged),
-        residuals(reference, ids, nudged),
-    )
+
+    def errors(engine: Engine, change: Change) -> list[Error]:
+        return [error(*pair) for pair in zip(residuals(engine, ids, change)[1], law, strict=True)]
+
+    fed, run = errors(other, lambda layer, h: inputs[layer]), errors(other, unchanged)
+    off = errors(reference, lambda layer, h: nudged(h, fed[layer].median_token, seed=layer))
     return [
-        Layer(spec.index, spec.attention, spec.router, *(error(after[i], law[i]) for _, after in passes))
-        for i, spec in enumerate(reference.config.layers)
+        Layer(spec.index, spec.attention, spec.router, *found)
+        for spec, *found in zip(reference.config.layers, fed, run, off, strict=True)
     ]
 
 
@@ -103,9 +114,10 @@ def unchanged(layer: int, h: Tensor) -> Tensor:
     return h
 
 
-def nudged(layer: int, h: Tensor) -> Tensor:
-    signs = torch.randint(0, 2, h.shape, generator=torch.Generator().manual_seed(layer)) * 2 - 1
-    return h * (1 + NUDGE * signs)
+def nudged(h: Tensor, by: float, seed: int) -> Tensor:
+    """Every number a little larger or smaller, all by the same share."""
+    signs = torch.randint(0, 2, h.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return h * (1 + by * signs)
 
 
 def residuals(engine: Engine, ids: Sequence[int], change: Change) -> tuple[list[Tensor], list[Tensor]]:
@@ -140,7 +152,8 @@ def error(found: Tensor, law: Tensor) -> Error:
     """Tokens are rows; whatever else there is belongs to the token."""
     difference, size = (found - law).double().flatten(1), law.double().flatten(1)
     each = difference.norm(dim=1) / size.norm(dim=1)
-    return Error(float(difference.norm() / size.norm()), float(each.quantile(0.99)), float(each.max()))
+    total = difference.norm() / size.norm()
+    return Error(*(float(number) for number in (total, each.median(), each.quantile(0.99), each.max())))
 
 
 def tokens(reference: Engine, other: Engine, ids: Sequence[int], first: int = 0) -> Tokens:
