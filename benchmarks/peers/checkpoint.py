@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,18 +87,20 @@ def write_gguf(work: Path, python: str, llama_source: Path) -> None:
 
 
 def convert(llama_source: Path, folder: str, out: str) -> None:
-    """llama.cpp's converter; the checkpoint has no tokenizer, so the file gets none."""
+    """llama.cpp's converter, with a vocabulary of placeholders: the checkpoint has no tokenizer."""
     sys.path[:0] = [str(llama_source / "gguf-py"), str(llama_source)]
     from conversion.deepseek import DeepseekV4Model
 
     def set_vocab(self: DeepseekV4Model) -> None:
-        self._set_vocab_none()
-        self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+        writer, size = self.gguf_writer, self.hparams["vocab_size"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("deepseek-v3")
+        writer.add_token_list(["a", "b", "ab", *(f"token{i}" for i in range(3, size))])
+        writer.add_token_types([1] * size)
+        writer.add_token_merges(["a b"])
 
     DeepseekV4Model.set_vocab = set_vocab
     sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out]
-    if shutil.which("nice"):
-        os.nice(5)
     runpy.run_path(str(llama_source / "convert_hf_to_gguf.py"), run_name="__main__")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ import numpy as np
 
 CHUNK_TOKENS = 512
 WARM_STEPS, STEPS = 4, 24
+STEPS_S = 40.0
+"""Writing stops after so long, however few steps it took."""
 VOCAB = 8192
 TASKS = ("prefill", "chunk", "decode", "logits", "memory")
 
@@ -52,7 +55,10 @@ def rate(steps: list[float]) -> dict[str, float]:
 
 
 def decode_steps(step: Callable[[], object]) -> dict[str, float]:
-    return rate([seconds(step) for _ in range(WARM_STEPS + STEPS)][WARM_STEPS:])
+    times: list[float] = []
+    while len(times) < WARM_STEPS + STEPS and sum(times) < STEPS_S:
+        times.append(seconds(step))
+    return rate(times[WARM_STEPS:] or times[1:] or times) | {"steps": len(times)}
 
 
 def memory_mb(field: str = "VmHWM") -> float:
@@ -69,5 +75,19 @@ def save_logits(work: Path, engine: str, tokens: int, logits: np.ndarray) -> dic
     return {"logits": path.name}
 
 
+def busy_s() -> tuple[float, float]:
+    """CPU seconds of the whole machine without idling, and of this process."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    whole = sum(int(field) for field in fields[:3]) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return whole, own.user + own.system
+
+
+_began_s, _began = time.perf_counter(), busy_s()
+
+
 def report(**values: object) -> None:
-    print(json.dumps(values), flush=True)
+    """`disturbed`: CPUs that others kept busy meanwhile."""
+    whole, own = (now - then for now, then in zip(busy_s(), _began, strict=True))
+    disturbed = max(0.0, whole - own) / (time.perf_counter() - _began_s)
+    print(json.dumps(values | {"disturbed": round(disturbed, 3)}), flush=True)

@@ -65,7 +65,7 @@ def memory(engine: Engine, options: object) -> dict[str, object]:
 
 def filled(engine: Engine, tokens: int) -> tuple[Session, Snapshot]:
     """A session behind `tokens` tokens: the rings and the compressors' state of BASIS real ones, rows of noise."""
-    session = engine.session(tokens + 4 * CHUNK_TOKENS)
+    session = engine.session(tokens + 2 * CHUNK_TOKENS)
     session.feed(random_ids(BASIS))
     basis = session.snapshot()
     rows = {
