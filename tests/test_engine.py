@@ -626,7 +626,7 @@ def test_sizes_of_memory(size: str | int, expected: int) -> None:
 
 def test_the_public_surface_is_that_of_the_design() -> None:
     loaded = list(inspect.signature(Engine.load).parameters)
-    assert loaded == ["source", "backend", "numerics", "memory", "store"]
+    assert loaded == ["source", "backend", "numerics", "memory", "store", "count"]
     for owner, names in (
         (Session, ("feed", "tokens", "length", "kv_bytes", "rewind", "snapshot", "restore", "generate")),
         (Engine, ("load", "session", "step")),
