@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "product_parts.hpp"
+#include "product_fp8.hpp"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
@@ -26,20 +26,6 @@ struct Bf16Row {
     const uint16_t* at(int64_t k) const { return codes + k; }
 };
 
-template <class Scale>
-struct Fp8Row {
-    using Code = uint8_t;
-    static constexpr int64_t kBlockBytes = 32;
-    static constexpr bool kMayBeNan = true;
-    const uint8_t* codes;
-    const Scale* scale;
-    Fp8Row(const Matrix& m, int64_t row)
-        : codes(static_cast<const uint8_t*>(m.codes) + row * m.in),
-          scale(static_cast<const Scale*>(m.scale) + row / 128 * ((m.in + 127) / 128)) {}
-    const uint8_t* at(int64_t k) const { return codes + k; }
-    float scale_at(int64_t k) const { return scale_of(scale[k / 128]); }
-};
-
 struct Mxfp4Row {
     using Code = uint8_t;
     static constexpr int64_t kBlockBytes = 16;
@@ -53,34 +39,39 @@ struct Mxfp4Row {
     float scale_at(int64_t k) const { return scale_of(scale[k / 32]); }
 };
 
-const float* panel_row(const Product& p, int64_t k, int64_t width, int64_t i) {
-    return p.panels + p.panel_rows * k + (p.first_row + i) * width;
-}
-
 #ifdef __AVX2__
 
-// decode(row, codes, k, w): 32 weights from column k on, in an order of the format's own; `arrange` brings 16
+// decode(row, codes, k, w): 32 weights from column k on, in an order of the format's own; `arrange` brings 32
 // activations into that order, so no weight is ever moved between lanes.
 
 struct NaturalOrder {
-    static void arrange(__m256&, __m256&) {}
+    static void arrange(__m256 (&)[4]) {}
 };
 
-struct PairOrder {  // even columns before odd ones
-    static void arrange(__m256& a, __m256& b) {
-        const __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xDD);
-        a = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xD8));
-        b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xD8));
+inline void split_pairs(__m256& a, __m256& b) {  // even ones to a, odd ones to b
+    const __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xDD);
+    a = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xD8));
+    b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xD8));
+}
+
+struct ByteOrder {  // 0 4 8 ... 28, then 1 5 9 ... 29, and so on: the first byte of each four, the second, ...
+    static void arrange(__m256 (&x)[4]) {
+        split_pairs(x[0], x[1]);  // even, odd
+        split_pairs(x[2], x[3]);
+        split_pairs(x[0], x[2]);  // of even ones every other
+        split_pairs(x[1], x[3]);
     }
 };
 
-struct NibbleOrder {  // 0 4 8 12 1 5 9 13, then 2 6 10 14 3 7 11 15
-    static void arrange(__m256& a, __m256& b) {
+struct NibbleOrder {  // of each 16: 0 4 8 12 1 5 9 13, then 2 6 10 14 3 7 11 15
+    static void arrange(__m256 (&x)[4]) {
         const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
-        const __m256d first = _mm256_castps_pd(_mm256_permutevar8x32_ps(a, order));
-        const __m256d second = _mm256_castps_pd(_mm256_permutevar8x32_ps(b, order));
-        a = _mm256_castpd_ps(_mm256_unpacklo_pd(first, second));
-        b = _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
+        for (int i = 0; i < 4; i += 2) {
+            const __m256d first = _mm256_castps_pd(_mm256_permutevar8x32_ps(x[i], order));
+            const __m256d second = _mm256_castps_pd(_mm256_permutevar8x32_ps(x[i + 1], order));
+            x[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(first, second));
+            x[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(first, second));
+        }
     }
 };
 
@@ -95,25 +86,16 @@ inline void decode(const Bf16Row&, const uint16_t* codes, int64_t, __m256 (&w)[4
     }
 }
 
-// An e4m3 code whose bits are moved to those of a float16 is that number times 2^-8, subnormal or not. The largest
-// code of either sign would be NaN: `worst` keeps the largest byte seen.
-inline void decode_fp8(const uint8_t* codes, __m256 (&w)[4], __m256i& worst) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(0xBF80));
-    worst = _mm256_max_epu8(worst, _mm256_or_si256(v, _mm256_set1_epi8(-128)));
-    const __m256i even = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 1), mask);
-    const __m256i odd = _mm256_and_si256(_mm256_srai_epi16(v, 1), mask);
-    w[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(even));
-    w[1] = _mm256_cvtph_ps(_mm256_castsi256_si128(odd));
-    w[2] = _mm256_cvtph_ps(_mm256_extracti128_si256(even, 1));
-    w[3] = _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1));
-}
-
 template <class Scale>
 inline void decode(const Fp8Row<Scale>& row, const uint8_t* codes, int64_t k, __m256 (&w)[4], __m256i& worst) {
     decode_fp8(codes, w, worst);
-    const __m256 scale = _mm256_set1_ps(row.scale_at(k) * 256.0F);
-    for (auto& weights : w) weights = _mm256_mul_ps(weights, scale);
+    float scale = row.scale_at(k);
+    if (scale < 0x1p7F) {
+        scale *= 0x1p120F;
+    } else {  // that would be infinite
+        for (auto& weights : w) weights = _mm256_mul_ps(weights, _mm256_set1_ps(0x1p120F));
+    }
+    for (auto& weights : w) weights = _mm256_mul_ps(weights, _mm256_set1_ps(scale));
 }
 
 // The upper half of a float32 holds every e2m1 number: two table look-ups give its two bytes.
@@ -137,17 +119,16 @@ inline void decode(const Mxfp4Row& row, const uint8_t* codes, int64_t k, __m256 
 
 template <class Order>
 void pack(const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
-    for (int64_t k = 0; k < in; k += 16) {
-        float rest[16] = {};
-        if (in - k < 16) std::memcpy(rest, x + k, static_cast<size_t>(in - k) * sizeof(float));
-        const float* from = in - k < 16 ? rest : x + k;
-        __m256 a = _mm256_loadu_ps(from), b = _mm256_loadu_ps(from + 8);
-        Order::arrange(a, b);
+    for (int64_t k = 0; k < in; k += 32) {
+        float rest[32] = {};
+        if (in - k < 32) std::memcpy(rest, x + k, static_cast<size_t>(in - k) * sizeof(float));
+        const float* from = in - k < 32 ? rest : x + k;
+        __m256 values[4];
+        for (int i = 0; i < 4; ++i) values[i] = _mm256_loadu_ps(from + 8 * i);
+        Order::arrange(values);
         const int64_t panel = k / kPanel * kPanel, width = smaller(kPanel, padded(in) - panel);
         float* to = panels + panel_rows * panel + row * width + (k - panel);
-        _mm256_storeu_ps(to, a);
-        _mm256_storeu_ps(to + 8, b);
-        if (k + 16 >= in && k % 32 == 0) std::memset(to + 16, 0, 16 * sizeof(float));
+        for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + 8 * i, values[i]);
     }
 }
 
@@ -155,13 +136,9 @@ void pack_any(Format format, const float* x, int64_t in, float* panels, int64_t 
     switch (format) {
         case Format::mxfp4: return pack<NibbleOrder>(x, in, panels, panel_rows, row);
         case Format::fp8:
-        case Format::fp8_f32scale: return pack<PairOrder>(x, in, panels, panel_rows, row);
+        case Format::fp8_f32scale: return pack<ByteOrder>(x, in, panels, panel_rows, row);
         default: return pack<NaturalOrder>(x, in, panels, panel_rows, row);
     }
-}
-
-bool has_nan_code(__m256i worst) {
-    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(worst, _mm256_set1_epi8(-1))) != 0;
 }
 
 // The last, incomplete block of a row, from memory that ends with the row.
@@ -180,15 +157,6 @@ inline void prefetch(const typename Row::Code* codes, int64_t k, int64_t next_by
     const char* next = reinterpret_cast<const char*>(codes) + next_bytes;
     if (Row::kBlockBytes < 64 && k / 32 * Row::kBlockBytes % 64 != 0) return;  // one line holds several blocks
     for (int64_t line = 0; line < Row::kBlockBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
-}
-
-// A NaN among the codes makes a whole sum NaN; it is rare, so the row is searched for again.
-template <class Row, int Tokens>
-TENFOLD_APART void poison(const Row& row, int64_t first, int64_t last, __m256 (&sums)[Tokens]) {
-    for (int64_t k = first; k < last; ++k) {
-        if ((static_cast<uint8_t>(*row.at(k)) & 0x7F) != 0x7F) continue;
-        for (auto& sum : sums) sum = _mm256_set1_ps(__builtin_nanf(""));
-    }
 }
 
 template <int Tokens>
@@ -227,47 +195,10 @@ inline void dot_rows(const Row* rows, const float* x, int64_t width, int64_t fir
     }
     for (int r = 0; r < Rows; ++r) {
         if constexpr (Row::kMayBeNan) {
-            if (has_nan_code(worst)) poison(rows[r], first, last, sums[r]);
+            if (has_nan_code(worst)) poison(rows[r].codes, first, last, sums[r]);
         }
         for (int t = 0; t < Tokens; ++t) out[r][t] = sums[r][t];
     }
-}
-
-// The same for one activation row and four rows of fp8 under one scale, a power of two: the activations take it on
-// instead of the weights. Both products are exact, so no bit of a sum changes, as long as none is subnormal.
-inline void dot_scaled(const Fp8Row<uint8_t>* rows, const float* x, int64_t first, int64_t last, int64_t next_bytes,
-                       __m256 (*out)[1]) {
-    __m256 sums[kQuad] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-    __m256 w[4], xs[4];
-    __m256i worst = _mm256_setzero_si256();
-    for (int64_t k = first; k < last; k += 32, x += 32) {
-        const __m256 scale = _mm256_set1_ps(rows[0].scale_at(k) * 256.0F);
-        for (int i = 0; i < 4; ++i) xs[i] = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), scale);
-#pragma GCC unroll 4
-        for (int r = 0; r < kQuad; ++r) {
-            prefetch<Fp8Row<uint8_t>>(rows[r].at(k), k - first, next_bytes);
-            decode_fp8(rows[r].at(k), w, worst);
-            for (int i = 0; i < 4; ++i) sums[r] = _mm256_fmadd_ps(w[i], xs[i], sums[r]);
-        }
-    }
-    for (int r = 0; r < kQuad; ++r) {
-        out[r][0] = sums[r];
-        if (has_nan_code(worst)) poison(rows[r], first, last, out[r]);
-    }
-}
-
-// Whether dot_scaled did the panel.
-template <int Tokens, class Row>
-bool dot_if_scaled(const Row (&)[kQuad], const float*, int64_t, int64_t, int64_t, __m256 (*)[Tokens]) {
-    return false;
-}
-
-template <>
-inline bool dot_if_scaled<1>(const Fp8Row<uint8_t> (&rows)[kQuad], const float* x, int64_t first, int64_t last,
-                             int64_t next_bytes, __m256 (*out)[1]) {
-    if ((last - first) % 32 != 0 || rows[0].scale != rows[kQuad - 1].scale) return false;
-    dot_scaled(rows, x, first, last, next_bytes, out);
-    return true;
 }
 
 // One panel of four weight rows and all activation rows: as many sums at a time as the registers hold, and no fewer
@@ -280,13 +211,22 @@ TENFOLD_APART void dot_quad(const Product& p, const Row (&rows)[kQuad], int64_t 
                                         reinterpret_cast<const char*>(rows[0].at(0)));
     __m256 sums[kQuad][Tokens];
     const float* x = panel_row(p, k, width, 0);
-    const bool done = dot_if_scaled<Tokens>(rows, x, k, stop, next_bytes, sums);
-    for (int r = 0; r < kQuad && !done; r += kRows) {
+    for (int r = 0; r < kQuad; r += kRows) {
         dot_rows<kRows, Tokens>(rows + r, x, width, k, stop, next_bytes, sums + r);
     }
     for (int t = 0; t < Tokens; ++t) {
         const __m128 sum = lane_sums(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
         put(y_row(p, t, row), sum, smaller(kQuad, last - row), p.add || k > 0);
+    }
+}
+
+template <class Row>
+void dot_any(const Product& p, const Row (&rows)[kQuad], int64_t k, int64_t row, int64_t last) {
+    switch (p.count) {
+        case 1: return dot_quad<1>(p, rows, k, row, last);
+        case 2: return dot_quad<2>(p, rows, k, row, last);
+        case 3: return dot_quad<3>(p, rows, k, row, last);
+        default: return dot_quad<kFew>(p, rows, k, row, last);
     }
 }
 
@@ -298,14 +238,29 @@ void multiply_few(const Product& p, int64_t first, int64_t last) {
                                  {p.weight, smaller(row + 1, end)},
                                  {p.weight, smaller(row + 2, end)},
                                  {p.weight, smaller(row + 3, end)}};
-        for (int64_t k = 0; k < p.weight.in; k += kPanel) {
-            switch (p.count) {
-                case 1: dot_quad<1>(p, rows, k, row, last); break;
-                case 2: dot_quad<2>(p, rows, k, row, last); break;
-                case 3: dot_quad<3>(p, rows, k, row, last); break;
-                default: dot_quad<kFew>(p, rows, k, row, last); break;
-            }
+        for (int64_t k = 0; k < p.weight.in; k += kPanel) dot_any(p, rows, k, row, last);
+    }
+}
+
+// fp8 as well as it goes: whole blocks by product_fp8.hpp, and what that leaves.
+template <class Scale>
+void multiply_few_fp8(const Product& p, int64_t first, int64_t last) {
+    if (p.weight.in % 32 != 0) return multiply_few<Fp8Row<Scale>>(p, first, last);
+    Scratch memory(Scratch::bytes_of<float>(p.weight.in * p.count));
+    float* scaled = memory.take<float>(p.weight.in * p.count);
+    for (int64_t row = first, stop = 0; row < last; row = stop) {
+        stop = smaller(last, (row / kScaleRows + 1) * kScaleRows);
+        if (!scale_panels<Scale>(p, row, scaled)) {
+            multiply_few<Fp8Row<Scale>>(p, row, stop);
+            continue;
         }
+        multiply_scaled(p, scaled, row, stop, [&p](int64_t k, int64_t quad, int64_t end) {
+            const Fp8Row<Scale> rows[kQuad] = {{p.weight, quad},
+                                               {p.weight, smaller(quad + 1, end - 1)},
+                                               {p.weight, smaller(quad + 2, end - 1)},
+                                               {p.weight, smaller(quad + 3, end - 1)}};
+            dot_any(p, rows, k, quad, end);
+        });
     }
 }
 
@@ -393,6 +348,11 @@ void multiply_as(const Product& p, int64_t first, int64_t last) {
     }
 }
 
+template <class Scale>
+void multiply_fp8(const Product& p, int64_t first, int64_t last) {
+    p.count <= kFew ? multiply_few_fp8<Scale>(p, first, last) : multiply_as<Fp8Row<Scale>>(p, first, last);
+}
+
 #else
 
 float decode(const F32Row& row, int64_t k) { return row.codes[k]; }
@@ -452,6 +412,11 @@ void multiply_as(const Product& p, int64_t first, int64_t last) {
     }
 }
 
+template <class Scale>
+void multiply_fp8(const Product& p, int64_t first, int64_t last) {
+    multiply_as<Fp8Row<Scale>>(p, first, last);
+}
+
 #endif
 
 }  // namespace
@@ -462,11 +427,14 @@ void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t 
 }
 
 void multiply(const Product& product, int64_t first, int64_t last) {
+#ifdef __AVX2__
+    const KeepSubnormals keep;
+#endif
     switch (product.weight.format) {
         case Format::f32: return multiply_as<F32Row>(product, first, last);
         case Format::bf16: return multiply_as<Bf16Row>(product, first, last);
-        case Format::fp8: return multiply_as<Fp8Row<uint8_t>>(product, first, last);
-        case Format::fp8_f32scale: return multiply_as<Fp8Row<float>>(product, first, last);
+        case Format::fp8: return multiply_fp8<uint8_t>(product, first, last);
+        case Format::fp8_f32scale: return multiply_fp8<float>(product, first, last);
         case Format::mxfp4: return multiply_as<Mxfp4Row>(product, first, last);
         case Format::mxfp4_int8: return multiply_int8(product, first, last);
     }

@@ -42,7 +42,29 @@ inline float* y_row(const Product& p, int64_t i, int64_t weight_row) {
     return p.y + (p.y_rows == nullptr ? i : p.y_rows[i]) * p.y_stride + (weight_row - p.first_column);
 }
 
+inline const float* panel_row(const Product& p, int64_t k, int64_t width, int64_t i) {
+    return p.panels + p.panel_rows * k + (p.first_row + i) * width;
+}
+
 #ifdef __AVX2__
+
+// While it lives, subnormal numbers are numbers on this thread, also after torch.set_flush_denormal(True): some codes
+// and scales are such, and threads must agree.
+class KeepSubnormals {
+public:
+    KeepSubnormals() : before_(_mm_getcsr()) {
+        if ((before_ & kFlush) != 0) _mm_setcsr(before_ & ~kFlush);
+    }
+    ~KeepSubnormals() {
+        if ((before_ & kFlush) != 0) _mm_setcsr(before_);
+    }
+    KeepSubnormals(const KeepSubnormals&) = delete;
+    KeepSubnormals& operator=(const KeepSubnormals&) = delete;
+
+private:
+    static constexpr uint32_t kFlush = 0x8040;  // results to zero, operands to zero
+    uint32_t before_;
+};
 
 // The sums of the eight lanes of four vectors: each ((0 + 2) + (1 + 3)) + ((4 + 6) + (5 + 7)).
 inline __m128 lane_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
