@@ -19,6 +19,7 @@ from tenfold import Engine, SamplingParams, ops
 from tenfold import config as configuration
 from tenfold.engine import Session, parse_bytes
 from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, UsageError
+from tenfold.machine import this_machine
 from tenfold.synth import synth
 
 SHARED: dict[str, Any] = {
@@ -608,6 +609,8 @@ def test_arguments_of_load_are_checked(folders: dict[str, Path], tmp_path: Path)
         ({"memory": "lots"}, UsageError, "'lots'"),
         ({"memory": 0}, UsageError, "'?0"),
         ({"store": "x"}, UsageError, "store"),
+        ({"threads": 0}, UsageError, "threads is 0"),
+        ({"threads": 100_000}, UsageError, "threads is 100000"),
     ):
         with pytest.raises(error, match=named):
             Engine.load(folders["v4"], **words)
@@ -615,6 +618,16 @@ def test_arguments_of_load_are_checked(folders: dict[str, Path], tmp_path: Path)
         Engine.load(tmp_path)
     with pytest.raises(UsageError, match="without weights"):
         Engine.load("v4-flash")
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_threads_are_those_of_torch(folders: dict[str, Path], wanted: int) -> None:
+    """And change no bit of what is computed."""
+    whole = in_one_pass(Engine.load(folders["v4"]), text(60))
+    assert torch.get_num_threads() == 1  # what it was, being less than the cores
+    engine = Engine.load(folders["v4"], threads=min(wanted, this_machine().logical_cores))
+    assert torch.get_num_threads() == min(wanted, this_machine().logical_cores)
+    assert torch.equal(in_one_pass(engine, text(60)), whole)
 
 
 @pytest.mark.parametrize(
@@ -626,7 +639,7 @@ def test_sizes_of_memory(size: str | int, expected: int) -> None:
 
 def test_the_public_surface_is_that_of_the_design() -> None:
     loaded = list(inspect.signature(Engine.load).parameters)
-    assert loaded == ["source", "backend", "numerics", "memory", "store", "count"]
+    assert loaded == ["source", "backend", "numerics", "memory", "store", "count", "threads"]
     for owner, names in (
         (Session, ("feed", "tokens", "length", "kv_bytes", "rewind", "snapshot", "restore", "generate")),
         (Engine, ("load", "session", "step")),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import pytest
 
 from tenfold import machine
+from tenfold.errors import UsageError
 from tenfold.machine import Gpu, this_machine
 
 GIB = 1 << 30
@@ -161,3 +163,13 @@ def test_the_real_machine_answers() -> None:
     assert 1 <= found.physical_cores <= found.logical_cores
     assert 0 < found.ram_available_bytes <= found.ram_total_bytes
     assert found.cpu_model
+
+
+def test_threads_are_physical_cores_unless_told() -> None:
+    found = dataclasses.replace(this_machine(), physical_cores=4, logical_cores=8, usable_cores=6)
+    assert found.threads() == 4
+    assert dataclasses.replace(found, usable_cores=3).threads() == 3
+    assert [found.threads(wanted) for wanted in (1, 8)] == [1, 8]
+    for wanted in (0, 9):
+        with pytest.raises(UsageError, match=f"threads is {wanted}, expected 1 to 8"):
+            found.threads(wanted)

@@ -43,6 +43,7 @@ Model = Annotated[str, typer.Argument(help="Checkpoint folder, or the embedded m
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Backend = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
 Numerics = Annotated[str, typer.Option(help="deployed: KV, index keys and activations rounded; exact: none.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to compute with (default: the physical cores).")]
 Memory = Annotated[str | None, typer.Option(help="Memory budget, such as 12G (default: half of what is free).")]
 Context = Annotated[int | None, typer.Option(help="Tokens the session may hold (default: the model's context).")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
@@ -131,6 +132,7 @@ def run(
     backend: Backend = "auto",
     numerics: Numerics = "deployed",
     memory: Memory = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Read a text, answer a question about it."""
@@ -149,7 +151,7 @@ def run(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    talk = _open(model, backend, numerics, memory, context, profile)
+    talk = _open(model, backend, numerics, memory, threads, context, profile)
     ids = talk.render([{"role": "user", "content": prompt}], thinking=thinking, effort=effort)
     clock = talk.read(ids)
     completion = talk.complete(params, thinking, show=not as_json)
@@ -178,6 +180,7 @@ def chat(
     backend: Backend = "auto",
     numerics: Numerics = "deployed",
     memory: Memory = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model; each line is a message, an empty line or Ctrl-D ends."""
@@ -190,7 +193,7 @@ def chat(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    talk = _open(model, backend, numerics, memory, context, profile)
+    talk = _open(model, backend, numerics, memory, threads, context, profile)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while (line := _ask(quiet=as_json)) is not None:
         messages.append({"role": "user", "content": line})
@@ -239,14 +242,14 @@ def inspect(
 
 @app.command()
 @reported
-def doctor(as_json: Json = False) -> None:
+def doctor(threads: Threads = None, as_json: Json = False) -> None:
     """Show what works on this machine, what is missing, and the command that mends it."""
     import torch  # noqa: F401  the native library takes its threads from torch
 
     from tenfold import doctor as examination
     from tenfold import views
 
-    found = examination.examine()
+    found = examination.examine(threads)
     if as_json:
         _print_json(found)
     else:
@@ -296,13 +299,14 @@ def demo(
     file: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded one.")] = None,
     max_tokens: MaxTokens = 80,
     seed: Annotated[int, typer.Option()] = 1,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Read a real document with the embedded V4 model, go on with it, and compare with V3.2's architecture."""
     from tenfold import demo as showing
 
     text = None if file is None else _read_file(file)
-    found = showing.show(text, max_tokens=max_tokens, seed=seed, quiet=as_json)
+    found = showing.show(text, max_tokens=max_tokens, seed=seed, quiet=as_json, threads=threads)
     if as_json:
         _print_json(found)
 
@@ -372,13 +376,19 @@ class _Talk:
 
 
 def _open(
-    model: str, backend: str, numerics: str, memory: str | None, context: int | None, profile: str | None
+    model: str,
+    backend: str,
+    numerics: str,
+    memory: str | None,
+    threads: int | None,
+    context: int | None,
+    profile: str | None,
 ) -> _Talk:
     from tenfold import completion
     from tenfold import config as configuration
     from tenfold.engine import Engine, checked_numerics
 
-    engine = Engine.load(model, backend=backend, numerics=checked_numerics(numerics), memory=memory)
+    engine = Engine.load(model, backend, checked_numerics(numerics), memory, threads=threads)
     folder = configuration.locate(model)
     tokenizer = completion.load_tokenizer(folder, engine)
     grammar = completion.profile_of(folder, engine, profile)

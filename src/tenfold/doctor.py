@@ -27,11 +27,11 @@ class Check:
     mend: str = ""
 
 
-def examine() -> dict[str, Any]:
-    """The machine and all checks, as plain data."""
+def examine(threads: int | None = None) -> dict[str, Any]:
+    """The machine and all checks, as plain data. `threads`: as the engine would be told, or a UsageError."""
     machine = this_machine()
     kernels = _kernels()
-    checks = [_python(), *_packages(), kernels, *_backends(machine, kernels)]
+    checks = [_python(), *_packages(), kernels, _threads(machine, threads), *_backends(machine, kernels)]
     return {"machine": asdict(machine), "checks": [asdict(check) for check in checks]}
 
 
@@ -67,6 +67,12 @@ def _kernels() -> Check:
     except TenfoldError as exc:
         return Check("native kernels", "broken", str(exc), "pip install -e .")
     return Check("native kernels", "ok", f"{chosen} (this machine can run {', '.join(available)})")
+
+
+def _threads(machine: Machine, wanted: int | None) -> Check:
+    """What the engine would compute with."""
+    cores = f"{machine.physical_cores} physical and {machine.logical_cores} logical cores"
+    return Check("threads", "ok", f"{machine.threads(wanted)} ({cores}, {machine.usable_cores} for this process)")
 
 
 def _backends(machine: Machine, kernels: Check) -> list[Check]:

@@ -86,11 +86,13 @@ class Engine:
         memory: str | int | None = None,
         store: None = None,
         count: bool = False,
+        threads: int | None = None,
     ) -> Engine:
         """Opens a checkpoint folder or an embedded model.
 
         `memory` bounds what is unpacked and computed at once (default: half of what is free). With `count`,
-        `counted` tells the work of the last pass.
+        `counted` tells the work of the last pass. `threads` sets torch's pool, which the kernels share (default: as
+        it is, but no more than the physical cores this process may use).
 
         Raises ConfigError, CheckpointError, BackendMissing or UsageError. `store` is reserved for the disk store.
         """
@@ -98,7 +100,10 @@ class Engine:
         if store is not None:
             raise UsageError("this version has no disk store yet; leave store at None")
         name, operations = ops.select(backend, exact=exact)
-        budget = this_machine().ram_available_bytes // 2 if memory is None else parse_bytes(memory)
+        machine = this_machine()
+        budget = machine.ram_available_bytes // 2 if memory is None else parse_bytes(memory)
+        num_threads = machine.threads(threads)
+        torch.set_num_threads(min(torch.get_num_threads(), num_threads) if threads is None else num_threads)
         config = configuration.load(source)
         weights = _open(source, config)
         resident = 4 * sum(spec.numel for spec in checkpoint.tensors(config)) <= budget // 2

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tenfold.errors import UsageError
+
 __all__ = ["Gpu", "Machine", "this_machine"]
 
 _ROOT = Path("/")
@@ -51,6 +53,15 @@ class Machine:
     ram_available_bytes: int
     disk_free_bytes: int
     gpus: tuple[Gpu, ...]
+
+    def threads(self, wanted: int | None = None) -> int:
+        """`wanted` if this machine has so many logical cores, else a UsageError; by default the physical cores it may
+        use, since hyper-threads share what the kernels need."""
+        if wanted is None:
+            return min(self.physical_cores, self.usable_cores)
+        if not 1 <= wanted <= self.logical_cores:
+            raise UsageError(f"threads is {wanted}, expected 1 to {self.logical_cores} on this machine")
+        return wanted
 
 
 def this_machine(path: Path = Path(), *, root: Path = _ROOT) -> Machine:

@@ -155,6 +155,7 @@ def test_doctor_finds_the_kernels_and_names_what_is_missing() -> None:
     assert states["backend cpu"] == states["backend reference"] == "ok"
     assert all(check["mend"] for check in shown["checks"] if check["state"] == "broken")
     assert call("doctor").exit_code == 0
+    assert "threads is 0" in refused("doctor", "--threads", 0)
 
 
 # ------------------------------------------------------------------------------------------------ synth

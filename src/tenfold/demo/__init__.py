@@ -47,10 +47,10 @@ class Reading:
     nats: float
 
 
-def show(text: str | None, *, max_tokens: int, seed: int, quiet: bool) -> dict[str, Any]:
+def show(text: str | None, *, max_tokens: int, seed: int, quiet: bool, threads: int | None = None) -> dict[str, Any]:
     """Reads `text` (default: the embedded document), goes on with it, and returns all figures; prints unless quiet."""
     document = embedded_document() if text is None else text
-    engine = Engine.load(MODEL)
+    engine = Engine.load(MODEL, threads=threads)
     tokenizer = load_tokenizer(configuration.locate(MODEL), engine)
     bos = tokenizer.token_to_id(BOS)
     ids = [*([] if bos is None else [bos]), *tokenizer.encode(document)]
