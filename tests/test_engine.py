@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,22 @@ def text(count: int, seed: int = 0) -> list[int]:
     return [dice.randrange(2, 61) for _ in range(count)]
 
 
+def in_chunks_of(engine: Engine, tokens: int) -> Engine:
+    return Engine(
+        engine.config,
+        engine.model,
+        backend=engine.backend,
+        exact=engine.exact,
+        budget=engine.budget,
+        chunk_tokens=tokens,
+    )
+
+
 def in_one_pass(engine: Engine, ids: Sequence[int]) -> Tensor:
     """Logits of every position, [len(ids), vocab], from a new session."""
-    assert len(ids) <= engine.chunk_tokens
-    return engine.session(max(1, len(ids))).feed(ids, logits="all")
+    session = engine.session(max(1, len(ids)))
+    assert len(ids) <= session.need.chunk_tokens
+    return session.feed(ids, logits="all")
 
 
 def in_pieces(session: Session, ids: Sequence[int], lengths: Iterator[int]) -> Tensor:
@@ -177,7 +190,7 @@ def test_token_by_token_is_one_shot(load: Load, name: str, numerics: str) -> Non
 
 
 def test_a_long_text_is_read_in_chunks(v4: Engine) -> None:
-    small = Engine(v4.config, v4.model, backend=v4.backend, exact=v4.exact, chunk_tokens=16)
+    small = in_chunks_of(v4, 16)
     ids = text(100)
     reports: list[int] = []
     session = small.session(100)
@@ -211,9 +224,11 @@ def test_numerics_make_a_difference(load: Load) -> None:
 
 def test_little_memory_gives_the_same_logits(folders: dict[str, Path], load: Load) -> None:
     for name, folder in folders.items():
-        lean = Engine.load(folder, backend=load(name, "deployed").backend, memory="64K")
+        lean = Engine.load(folder, backend=load(name, "deployed").backend)
+        least = lean.need(70)
+        lean.budget = replace(lean.budget, memory_bytes=least.total_bytes - 1)
         ids = text(70)
-        assert lean.chunk_tokens == 16
+        assert lean.need(70).tile_tokens < least.tile_tokens
         assert torch.equal(lean.session(70).feed(ids, logits="all"), in_one_pass(load(name, "deployed"), ids))
 
 
@@ -254,7 +269,7 @@ def test_rewinding_by_1_to_300_at_every_phase_of_128(load: Load) -> None:
 
 def test_rewinding_a_long_timeline(v4: Engine) -> None:
     """Many restore points were made and dropped on the way."""
-    small = Engine(v4.config, v4.model, backend=v4.backend, exact=v4.exact, chunk_tokens=100)
+    small = in_chunks_of(v4, 100)
     ids = text(2500)
     whole = in_one_pass(v4, ids)
     session = small.session(2500)
@@ -450,7 +465,7 @@ def test_a_rewind_that_is_cut_short_can_be_repeated(v4: Engine, monkeypatch: pyt
 
 
 def test_a_progress_report_that_fails_leaves_what_was_read(v4: Engine) -> None:
-    small = Engine(v4.config, v4.model, backend=v4.backend, exact=v4.exact, chunk_tokens=16)
+    small = in_chunks_of(v4, 16)
     session, ids = small.session(100), text(100)
 
     def stop(tokens_read: int) -> None:

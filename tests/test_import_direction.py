@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "tenfold"
 LAYERS = (
     ("errors",),
     ("config", "formats", "checkpoint", "shards"),
-    ("machine", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
+    ("machine", "budget", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
     ("weights", "streams", "step", "sampler", "models", "quantise", "peaks", "counting"),
     ("engine", "store", "synth", "inspection", "doctor"),
     ("tenfold",),

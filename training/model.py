@@ -173,7 +173,8 @@ class Batch(Step):
         """From token ids [sequences, length]."""
         sequences, length = ids.shape
         positions = torch.arange(length).repeat(sequences)
-        return cls(ids.flatten(), positions, (), torch.arange(ids.numel()), sequences, dense)
+        wanted = torch.arange(ids.numel())
+        return cls(ids.flatten(), positions, (), wanted, ids.numel(), sequences=sequences, dense=dense)
 
     @property
     def length(self) -> int:

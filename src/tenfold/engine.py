@@ -6,6 +6,7 @@ One path for prefill and decode: a session contributes n >= 1 tokens from its po
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from tenfold import checkpoint, ops
 from tenfold import config as configuration
-from tenfold.config import DeepseekV4Config, ModelConfig
+from tenfold.budget import Budget, Need, fit, longest
+from tenfold.config import ModelConfig
 from tenfold.counting import CountingOps, counting
 from tenfold.errors import ContextTooLong, InputError, UsageError
-from tenfold.machine import this_machine
+from tenfold.machine import Machine, anonymous_bytes, this_machine
 from tenfold.models import Binder, Model, build
 from tenfold.planner import Work
 from tenfold.sampler import Sampled, Sampler, SamplingParams
@@ -34,12 +36,14 @@ Numerics = Literal["deployed", "exact"]
 """As the models were trained to run: KV rows and index keys quantised, a backend free to round activations; or all
 in float32."""
 
-_MAX_CHUNK_TOKENS = 4096
 _MAX_POINTS = 8
 _POINT_EVERY_TOKENS = 128
 
+_REPORT_EVERY_S = 0.2
+_LEAST_RESERVE_BYTES = 1 << 30
+
 Progress = Callable[[int], None]
-"""Called with the number of tokens read so far, after each chunk."""
+"""Called with the number of tokens read so far: after each chunk, and a few times a second within one."""
 
 
 def parse_bytes(text: str | int) -> int:
@@ -67,13 +71,15 @@ class Engine:
         *,
         backend: str,
         exact: bool,
-        chunk_tokens: int,
+        budget: Budget,
+        chunk_tokens: int | None = None,
         counter: CountingOps | None = None,
     ) -> None:
         self.config = config
         self.model = model
         self.backend = backend
         self.exact = exact
+        self.budget = budget
         self.chunk_tokens = chunk_tokens
         self._counter = counter
 
@@ -90,9 +96,9 @@ class Engine:
     ) -> Engine:
         """Opens a checkpoint folder or an embedded model.
 
-        `memory` bounds what is unpacked and computed at once (default: half of what is free). With `count`,
-        `counted` tells the work of the last pass. `threads` sets torch's pool, which the kernels share (default: as
-        it is, but no more than the physical cores this process may use).
+        `memory` is all this process may take, mapped weights apart (default: what is free less a reserve). With
+        `count`, `counted` tells the work of the last pass. `threads` sets torch's pool, which the kernels share
+        (default: as it is, but no more than the physical cores this process may use).
 
         Raises ConfigError, CheckpointError, BackendMissing or UsageError. `store` is reserved for the disk store.
         """
@@ -101,20 +107,22 @@ class Engine:
             raise UsageError("this version has no disk store yet; leave store at None")
         name, operations = ops.select(backend, exact=exact)
         machine = this_machine()
-        budget = machine.ram_available_bytes // 2 if memory is None else parse_bytes(memory)
+        allowed = _default_memory(machine) if memory is None else parse_bytes(memory)
         num_threads = machine.threads(threads)
         torch.set_num_threads(min(torch.get_num_threads(), num_threads) if threads is None else num_threads)
         config = configuration.load(source)
         weights = _open(source, config)
-        resident = 4 * sum(spec.numel for spec in checkpoint.tensors(config)) <= budget // 2
+        resident = 4 * sum(spec.numel for spec in checkpoint.tensors(config)) <= allowed // 4
         counter = None
         if count:
             operations, counter = counting(operations, config)
         bind = Binder(weights.take, operations, resident, exact=exact)
         model = build(config, bind)
         weights.finish()
-        chunk_tokens = _chunk_tokens(config, budget)
-        return cls(config, model, backend=name, exact=exact, chunk_tokens=chunk_tokens, counter=counter)
+        weights_bytes = sum(info.num_bytes for info in weights)
+        streamed = weights_bytes > machine.ram_available_bytes
+        budget = Budget(allowed, anonymous_bytes(), weights_bytes, streamed)
+        return cls(config, model, backend=name, exact=exact, budget=budget, counter=counter)
 
     @property
     def counted(self) -> tuple[Work, ...]:
@@ -124,11 +132,24 @@ class Engine:
         return self._counter.counted
 
     def session(self, context: int | None = None) -> Session:
-        """A new, empty timeline for up to `context` tokens (default: what the model was trained for)."""
+        """A new, empty timeline for up to `context` tokens (default: the model's, or as many as fit the memory).
+
+        Raises ContextTooLong, and DoesNotFit with what would fit.
+        """
         most = self.config.max_position_embeddings
         if context is not None and not 1 <= context <= most:
             raise ContextTooLong(f"context is {context:,} tokens, expected 1 to {most:,} for this model")
-        return Session(self, context or most)
+        return Session(self, self.need(context))
+
+    def need(self, context: int | None = None) -> Need:
+        """The memory a session of `context` tokens takes and how it reads, before anything is allocated."""
+        most = self.config.max_position_embeddings
+        need = (
+            longest(self.config, most, self.budget, self.exact)
+            if context is None
+            else fit(self.config, context, self.budget, exact=self.exact)
+        )
+        return need if self.chunk_tokens is None else need.in_chunks(self.chunk_tokens)
 
     def step(self, batch: Mapping[Session, Sequence[int]]) -> dict[Session, Tensor]:
         """Adds tokens to several sessions in one pass; float32 [vocab] logits of each one's last position."""
@@ -139,7 +160,9 @@ class Engine:
         self._run({session: session.accept(ids) for session, ids in batch.items()}, every=False)
         return {session: session.last_logits for session in batch}
 
-    def _run(self, batch: Mapping[Session, list[int]], every: bool) -> Tensor:
+    def _run(
+        self, batch: Mapping[Session, list[int]], every: bool, tick: Callable[[float], None] | None = None
+    ) -> Tensor:
         """One forward pass; a session whose pass is cut short is put right before its next use."""
         spans, start = [], 0
         for session, ids in batch.items():
@@ -152,6 +175,8 @@ class Engine:
             positions=torch.cat([torch.arange(s.position, s.position + s.num_tokens) for s in spans]),
             spans=tuple(spans),
             wanted=torch.arange(start) if every else last,
+            tile_tokens=min(session.need.tile_tokens for session in batch),
+            tick=tick,
         )
         for session in batch:
             session.in_flight = True
@@ -173,16 +198,10 @@ def _open(source: str | Path, config: ModelConfig) -> Weights:
     return open_weights(configuration.locate(source), config)
 
 
-def _chunk_tokens(config: ModelConfig, budget: int) -> int:
-    """Tokens of a chunk, so that a quarter of the budget holds its activations; a multiple of 128 where it can."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    if isinstance(config, DeepseekV4Config):
-        numbers = 3 * config.hc_mult * hidden + 4 * heads * config.head_dim
-    else:
-        numbers = 4 * hidden + 4 * heads * 576
-    numbers += 3 * config.index_n_heads * config.index_head_dim + 4 * config.moe_intermediate_size
-    tokens = min(budget // 4 // (4 * numbers), _MAX_CHUNK_TOKENS)
-    return max(tokens // 128 * 128, 16)
+def _default_memory(machine: Machine) -> int:
+    """What this process has and what is free, less a tenth of that and at least 1 GiB."""
+    free = machine.ram_available_bytes
+    return anonymous_bytes() + free - min(free // 2, max(_LEAST_RESERVE_BYTES, free // 10))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,10 +226,11 @@ class Snapshot:
 class Session:
     """One timeline of tokens with its streams."""
 
-    def __init__(self, engine: Engine, context: int) -> None:
+    def __init__(self, engine: Engine, need: Need) -> None:
         self.engine = engine
-        self.context = context
-        self.streams = Streams(engine.config, context, engine.exact)
+        self.need = need
+        self.context = need.context
+        self.streams = Streams(engine.config, need.context, engine.exact)
         self.in_flight = False
         self._tokens: list[int] = []
         self._logits: Tensor | None = None
@@ -244,9 +264,10 @@ class Session:
             raise UsageError(f"logits is {logits!r}, expected 'last' or 'all'")
         tokens = self.accept(ids, allow_empty=True)
         collected = [torch.empty(0, self.engine.config.vocab_size)]
-        for start in range(0, len(tokens), self.engine.chunk_tokens):
-            chunk = tokens[start : start + self.engine.chunk_tokens]
-            output = self.engine._run({self: chunk}, every=logits == "all")
+        for start in range(0, len(tokens), self.need.chunk_tokens):
+            chunk = tokens[start : start + self.need.chunk_tokens]
+            tick = None if progress is None else _throttled(progress, start, len(chunk))
+            output = self.engine._run({self: chunk}, every=logits == "all", tick=tick)
             if logits == "all":
                 collected.append(output)
             if progress is not None:
@@ -279,8 +300,8 @@ class Session:
         try:
             self._restore_nearest()
             missing = tokens[self.length :]
-            for start in range(0, len(missing), self.engine.chunk_tokens):
-                self.engine._run({self: missing[start : start + self.engine.chunk_tokens]}, every=False)
+            for start in range(0, len(missing), self.need.chunk_tokens):
+                self.engine._run({self: missing[start : start + self.need.chunk_tokens]}, every=False)
         except BaseException:
             # Cut short as well: the tokens are what was asked for, and the next use reads what the streams lack.
             self._tokens, self.in_flight = tokens, True
@@ -358,6 +379,19 @@ class Session:
         self.streams.restore(point.streams)
         del self._tokens[point.streams.length :]
         self._logits = point.logits
+
+
+def _throttled(progress: Progress, start: int, num_tokens: int) -> Callable[[float], None]:
+    """Reports tokens as if all layers were one, no more often than people can read."""
+    last_s = time.monotonic()
+
+    def tick(share: float) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= _REPORT_EVERY_S and share < 1:
+            progress(start + int(share * num_tokens))
+            last_s = time.monotonic()
+
+    return tick
 
 
 def _most_dispensable(lengths: list[int]) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tenfold.errors import UsageError
 
-__all__ = ["Gpu", "Machine", "this_machine"]
+__all__ = ["Gpu", "Machine", "anonymous_bytes", "this_machine"]
 
 _ROOT = Path("/")
 _GPU_TIMEOUT_S = 2.0
@@ -80,6 +80,12 @@ def this_machine(path: Path = Path(), *, root: Path = _ROOT) -> Machine:
         disk_free_bytes=_disk_free_bytes(path),
         gpus=_gpus(),
     )
+
+
+def anonymous_bytes(*, root: Path = _ROOT) -> int:
+    """Memory of this process that is its own: what is resident less the pages of mapped files; 0 where unknown."""
+    fields = _read_fields(root / "proc/self/status")
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem") if name in fields)
 
 
 def _read_fields(path: Path) -> dict[str, str]:

@@ -122,7 +122,8 @@ def nudged(h: Tensor, by: float, seed: int) -> Tensor:
 
 def residuals(engine: Engine, ids: Sequence[int], change: Change) -> tuple[list[Tensor], list[Tensor]]:
     """What every layer read and wrote in one pass over `ids`."""
-    assert len(ids) <= engine.chunk_tokens, f"{len(ids)} tokens are more than a chunk of {engine.chunk_tokens}"
+    most = engine.need(len(ids)).tile_tokens
+    assert len(ids) <= most, f"{len(ids)} tokens are more than a tile of {most}"
     before: list[Tensor] = []
     after: list[Tensor] = []
     model: Any = engine.model

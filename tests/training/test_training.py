@@ -56,7 +56,7 @@ def engine_logits(config: DeepseekV4Config, weights: dict[str, Tensor], ids: Ten
     length = ids.shape[0]
     streams = Streams(config, length, exact=True)
     everything = torch.arange(length)
-    return model.forward(Step(ids, everything, (Span(streams, 0, length, 0),), everything))
+    return model.forward(Step(ids, everything, (Span(streams, 0, length, 0),), everything, length))
 
 
 def test_training_forward_is_the_engines() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from tenfold.config import RopeSpec
 from tenfold.formats import RowLayout, exact_layout
 from tenfold.ops import Experts, Ops, Weight
+from tenfold.step import Step
 
-__all__ = ["Binder", "rope_frequencies", "rotate_tail"]
+__all__ = ["Binder", "Layer", "rope_frequencies", "rotate_tail", "through_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,29 @@ class Binder:
     def layout(self, deployed: RowLayout) -> RowLayout:
         """The layout rows are stored in under the numerics chosen."""
         return exact_layout(deployed) if self.exact else deployed
+
+
+class Layer(Protocol):
+    """A layer of either architecture: the residual of some tokens before and after it."""
+
+    def forward(self, h: Tensor, step: Step) -> Tensor: ...
+
+
+def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
+    """The residual h [n, ...] of all tokens through one layer before the next, tile by tile.
+
+    So each layer's weights are read, from memory or disk, once per chunk. h may be overwritten.
+    """
+    tiles = step.tiles()
+    for index, layer in enumerate(layers):
+        for place, (rows, tile) in enumerate(tiles):
+            if len(tiles) == 1:
+                h = layer.forward(h, tile)
+            else:
+                h[rows] = layer.forward(h[rows], tile)
+            if step.tick is not None:
+                step.tick((index + (place + 1) / len(tiles)) / len(layers))
+    return h
 
 
 def rope_frequencies(spec: RopeSpec) -> Tensor:

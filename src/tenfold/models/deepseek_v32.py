@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import F32
-from tenfold.models.blocks import Binder, rope_frequencies
+from tenfold.models.blocks import Binder, rope_frequencies, through_layers
 from tenfold.ops import Rows, Weight
 from tenfold.step import Span, Step
 
@@ -33,8 +33,7 @@ class DeepseekV32:
     def forward(self, step: Step) -> Tensor:
         """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
         h = self.ops.embed(step.ids, self.embed_tokens)
-        for layer in self.layers:
-            h = layer.forward(h, step)
+        h = through_layers(self.layers, h, step)
         return self.ops.linear(self.ops.rms_norm(h[step.wanted], self.norm, self.config.rms_norm_eps), self.lm_head)
 
 

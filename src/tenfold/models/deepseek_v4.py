@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
-from tenfold.models.blocks import Binder, rope_frequencies, rotate_tail
+from tenfold.models.blocks import Binder, rope_frequencies, rotate_tail, through_layers
 from tenfold.ops import Rows
 from tenfold.step import Span, Step
 from tenfold.streams import Streams
@@ -36,8 +36,7 @@ class DeepseekV4:
         """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
         c, ops = self.config, self.ops
         h = ops.embed(step.ids, self.embed)[:, None, :].repeat(1, c.hc_mult, 1)  # [n, hc_mult, hidden]
-        for block in self.blocks:
-            h = block.forward(h, step)
+        h = through_layers(self.blocks, h, step)
         x = ops.hc_collapse(
             h[step.wanted],
             self.hc_head_fn,

@@ -1,0 +1,174 @@
+"""What a session will take of this machine's memory, known before any of it is taken.
+
+The engine asks once for a context and gets the chunk and the tile it has to keep to; nothing it allocates grows with
+context times chunk. Knows configs and bytes; imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
+from tenfold.errors import DoesNotFit
+from tenfold.formats import exact_layout
+
+__all__ = ["Budget", "Need", "fit", "longest", "stream_bytes"]
+
+_MOST_CHUNK_TOKENS = 65536
+_LEAST_TILE_TOKENS, _MOST_TILE_TOKENS = 32, 2048
+_UNHURRIED_CHUNK_TOKENS = 4096
+_TOKENS_PER_S_FLOPS = 240e9
+_PATIENCE_S = 0.9
+_TOKEN_BYTES = 4
+_KERNEL_SCRATCH_BYTES = 96 << 20
+_RESTORE_POINTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What there is: `memory_bytes` for the whole process, of which `base_bytes` are gone before the first token.
+
+    `weights_bytes` are pages of mapped files: the system keeps as many of them as it has room for and drops them when
+    it has not, so they are told but not charged. `streamed` says that they do not all fit beside the rest.
+    """
+
+    memory_bytes: int
+    base_bytes: int
+    weights_bytes: int
+    streamed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of a session of `context` tokens, by what they are for, and how it reads: `chunk_tokens` go through one
+    layer before the next, `tile_tokens` of them at a time."""
+
+    context: int
+    chunk_tokens: int
+    tile_tokens: int
+    base_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    points_bytes: int
+    residual_bytes: int
+    scratch_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything but the mapped weights."""
+        return self.base_bytes + self.kv_bytes + self.points_bytes + self.residual_bytes + self.scratch_bytes
+
+    def in_chunks(self, chunk_tokens: int) -> Need:
+        """The same with chunks of at most `chunk_tokens`."""
+        chunk = min(self.chunk_tokens, chunk_tokens)
+        residual = self.residual_bytes * chunk // self.chunk_tokens
+        return replace(self, chunk_tokens=chunk, tile_tokens=min(self.tile_tokens, chunk), residual_bytes=residual)
+
+
+def longest(config: ModelConfig, most: int, budget: Budget, exact: bool) -> Need:
+    """For the longest context up to `most` tokens that fits, in steps of 128; DoesNotFit where not even 128 do."""
+    try:
+        return fit(config, most, budget, exact=exact)
+    except DoesNotFit:
+        if most <= 128:
+            raise
+    low, high = 1, most // 128
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            fit(config, 128 * middle, budget, exact=exact)
+            low = middle
+        except DoesNotFit:
+            high = middle - 1
+    return fit(config, 128 * low, budget, exact=exact)
+
+
+def fit(config: ModelConfig, context: int, budget: Budget, *, exact: bool = False) -> Need:
+    """The fastest way to read up to `context` tokens within the budget.
+
+    Raises DoesNotFit with the longest context that fits and the memory this one needs.
+    """
+    tile = _tile_tokens(config)
+    while tile > _LEAST_TILE_TOKENS and _need(config, context, tile, tile, budget, exact).total_bytes > _room(budget):
+        tile //= 2
+    least = _need(config, context, tile, tile, budget, exact)
+    if least.total_bytes > budget.memory_bytes:
+        raise DoesNotFit(_refusal(config, least, budget, exact))
+    free = _room(budget) - least.total_bytes + least.residual_bytes
+    chunk = max(tile, min(_wanted_chunk(budget, tile), free // _residual_bytes(config, 1)) // tile * tile)
+    return _need(config, context, chunk, tile, budget, exact)
+
+
+def stream_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> int:
+    """KV bytes of a session after `context` tokens."""
+    rows = (
+        (spec, exact_layout(spec.layout) if exact and spec.component != "state" else spec.layout)
+        for spec in config.streams
+    )
+    return sum(spec.rows_at(context) * layout.row_bytes for spec, layout in rows)
+
+
+def _need(config: ModelConfig, context: int, chunk: int, tile: int, budget: Budget, exact: bool) -> Need:
+    tile, chunk = min(tile, context), min(chunk, context)
+    return Need(
+        context=context,
+        chunk_tokens=chunk,
+        tile_tokens=tile,
+        base_bytes=budget.base_bytes,
+        weights_bytes=budget.weights_bytes,
+        kv_bytes=stream_bytes(config, context, exact=exact) + context * _TOKEN_BYTES,
+        points_bytes=_RESTORE_POINTS * (stream_bytes(config, 0, exact=exact) + 4 * config.vocab_size),
+        residual_bytes=_residual_bytes(config, chunk),
+        scratch_bytes=_scratch_bytes(config, tile),
+    )
+
+
+def _room(budget: Budget) -> int:
+    """What speed may cost: the last tenth stays free."""
+    return budget.memory_bytes - budget.memory_bytes // 10
+
+
+def _wanted_chunk(budget: Budget, tile: int) -> int:
+    """Weights that are read from disk again and again want long chunks; those in memory gain nothing from them."""
+    return _MOST_CHUNK_TOKENS if budget.streamed else max(tile, _UNHURRIED_CHUNK_TOKENS)
+
+
+def _tile_tokens(config: ModelConfig) -> int:
+    """Tokens for which the routed experts of a layer, the longest operation, take under a second on a few cores."""
+    flops = 6 * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
+    tokens = int(_PATIENCE_S * _TOKENS_PER_S_FLOPS / flops)
+    return min(max(_LEAST_TILE_TOKENS, 1 << tokens.bit_length() - 1), _MOST_TILE_TOKENS)
+
+
+def _residual_bytes(config: ModelConfig, tokens: int) -> int:
+    """The residual streams, float32: all that is kept of a chunk from one layer to the next."""
+    streams = config.hc_mult if isinstance(config, DeepseekV4Config) else 1
+    return 4 * streams * config.hidden_size * tokens
+
+
+def _scratch_bytes(config: ModelConfig, tile: int) -> int:
+    """What a tile needs on its way through a layer, float32, and what kernels take for themselves."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    if isinstance(config, DeepseekV4Config):
+        numbers = 3 * config.hc_mult * hidden + 4 * hidden + 3 * heads * config.head_dim
+    else:
+        assert isinstance(config, DeepseekV32Config)
+        numbers = 6 * hidden + 3 * heads * (config.kv_lora_rank + config.qk_rope_head_dim)
+    numbers += 3 * config.index_n_heads * config.index_head_dim + config.index_topk
+    return 4 * numbers * tile + _KERNEL_SCRATCH_BYTES
+
+
+def _refusal(config: ModelConfig, least: Need, budget: Budget, exact: bool) -> str:
+    fixed = least.total_bytes - least.kv_bytes + stream_bytes(config, 0, exact=exact)
+    left = budget.memory_bytes - fixed
+    a_token = (stream_bytes(config, 1 << 20, exact=exact) - stream_bytes(config, 0, exact=exact)) / (1 << 20) + 4
+    longest = max(0, int(left / a_token) // 128 * 128)
+    way = f"--context {longest} fits, or " if longest else ""
+    return (
+        f"{least.context:,} tokens need {_size(least.total_bytes)} of memory and {_size(budget.memory_bytes)} are "
+        f"allowed; {way}--memory {least.total_bytes / (1 << 30) + 0.05:.1f}G would do"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
