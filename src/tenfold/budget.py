@@ -20,7 +20,8 @@ _UNHURRIED_CHUNK_TOKENS = 4096
 _TOKENS_PER_S_FLOPS = 240e9
 _PATIENCE_S = 0.9
 _TOKEN_BYTES = 4
-_KERNEL_SCRATCH_BYTES = 96 << 20
+_MOST_KERNEL_SCRATCH_BYTES = 64 << 20
+_SLACK_BYTES = 16 << 20
 _RESTORE_POINTS = 8
 
 
@@ -155,7 +156,8 @@ def _scratch_bytes(config: ModelConfig, tile: int) -> int:
         assert isinstance(config, DeepseekV32Config)
         numbers = 6 * hidden + 3 * heads * (config.kv_lora_rank + config.qk_rope_head_dim)
     numbers += 3 * config.index_n_heads * config.index_head_dim + config.index_topk
-    return 4 * numbers * tile + _KERNEL_SCRATCH_BYTES
+    routed = 4 * tile * config.num_experts_per_tok * (hidden + 3 * config.moe_intermediate_size)
+    return 4 * numbers * tile + min(routed, _MOST_KERNEL_SCRATCH_BYTES) + _SLACK_BYTES
 
 
 def _refusal(config: ModelConfig, least: Need, budget: Budget, exact: bool) -> str:
