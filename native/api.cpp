@@ -18,6 +18,14 @@ struct Build {
 
 // Best first.
 const Build builds[] = {
+#ifdef TENFOLD_BUILT_AVX512
+    {"avx512", avx512::kernels,
+     [] {
+         const CpuFeatures& cpu = cpu_features();
+         return cpu.avx2 && cpu.fma && cpu.f16c && cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl &&
+                cpu.avx512_vnni;
+     }},
+#endif
 #ifdef TENFOLD_BUILT_AVX2
     {"avx2", avx2::kernels,
      [] { return cpu_features().avx2 && cpu_features().fma && cpu_features().f16c; }},

@@ -46,6 +46,10 @@ CpuFeatures probe() {
     found.f16c = ymm && has(basic.ecx, 29);
     found.avx2 = ymm && has(extended.ebx, 5);
     found.avx512f = zmm && has(extended.ebx, 16);
+    found.avx512bw = zmm && has(extended.ebx, 30);
+    found.avx512dq = zmm && has(extended.ebx, 17);
+    found.avx512vl = zmm && has(extended.ebx, 31);
+    found.avx512_vnni = zmm && has(extended.ecx, 11);
     return found;
 }
 
@@ -67,6 +71,10 @@ std::string join(const CpuFeatures& found) {
     add(found.fma, "fma");
     add(found.f16c, "f16c");
     add(found.avx512f, "avx512f");
+    add(found.avx512bw, "avx512bw");
+    add(found.avx512dq, "avx512dq");
+    add(found.avx512vl, "avx512vl");
+    add(found.avx512_vnni, "avx512_vnni");
     return names;
 }
 

@@ -10,6 +10,10 @@ struct CpuFeatures {
     bool fma = false;
     bool f16c = false;
     bool avx512f = false;
+    bool avx512bw = false;
+    bool avx512dq = false;
+    bool avx512vl = false;
+    bool avx512_vnni = false;
 };
 
 // Probes once; an extension counts only if the operating system saves its registers.

@@ -20,6 +20,11 @@ struct Kernel {
 namespace scalar {
 extern const Kernel kernels[];
 }
+#ifdef TENFOLD_BUILT_AVX512
+namespace avx512 {
+extern const Kernel kernels[];
+}
+#endif
 #ifdef TENFOLD_BUILT_AVX2
 namespace avx2 {
 extern const Kernel kernels[];

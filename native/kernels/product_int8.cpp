@@ -46,13 +46,6 @@ void set_block(Pair& pair, int half, float scale, int32_t sum) {
     pair.correction[4 * half] = -12 * sum;
 }
 
-struct Row {
-    const uint8_t *codes, *scale;
-    Row(const Matrix& m, int64_t row)
-        : codes(static_cast<const uint8_t*>(m.codes) + row * (m.in / 2)),
-          scale(static_cast<const uint8_t*>(m.scale) + row * (m.in / 32)) {}
-};
-
 #ifdef __AVX2__
 
 uint32_t largest_of(__m256i sizes) {
@@ -92,92 +85,132 @@ void quantise(const float* x, Pair& pair, int half) {
     set_block(pair, half, step.half, sum_of(sums));
 }
 
-// The bytes 2 w + 12 of two blocks of a weight row and their scales, as the activations lie.
-struct Weights {
-    __m256i even, odd;
-    __m256 scale;
-};
-
-inline Weights decoded(__m256i codes, float first_scale, float second_scale) {
-    const __m256i table = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask)),
-            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask)),
-            _mm256_blend_ps(_mm256_set1_ps(first_scale), _mm256_set1_ps(second_scale), 0xF0)};
+// Eight e8m0 bytes as numbers; 0 is subnormal and 255 is NaN, which shifting alone would both miss.
+inline __m256 powers_of(const uint8_t* codes) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    const __m256i number = _mm256_max_epu32(_mm256_slli_epi32(wide, 23), _mm256_set1_epi32(0x00400000));
+    return _mm256_castsi256_ps(_mm256_or_si256(number, _mm256_cmpeq_epi32(wide, _mm256_set1_epi32(255))));
 }
 
-inline Weights whole_pair(const Row& row, int64_t pair) {
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.codes + 32 * pair));
-    return decoded(codes, scale_of(row.scale[2 * pair]), scale_of(row.scale[2 * pair + 1]));
+// The scales of `count` blocks of each of the rows that share a vector, as `halves` reads them: two of each row by turns.
+inline void set_scales(const uint8_t* const* scale, int64_t first, int64_t count, float* to) {
+    for (int64_t block = 0; block < count; block += 8) {
+        __m256 rows[kSide];
+        for (int side = 0; side < kSide; ++side) {
+            uint8_t rest[8] = {};
+            const uint8_t* from = scale[side] + first + block;
+            if (count - block < 8) from = static_cast<uint8_t*>(std::memcpy(rest, from, static_cast<size_t>(count - block)));
+            rows[side] = powers_of(from);
+        }
+        float* at = to + kSide * block;
+        if constexpr (kSide == 1) {
+            _mm256_storeu_ps(at, rows[0]);
+        } else {
+            const __m256d a = _mm256_castps_pd(rows[0]), b = _mm256_castps_pd(rows[kSide - 1]);
+            const __m256d low = _mm256_unpacklo_pd(a, b), high = _mm256_unpackhi_pd(a, b);
+            _mm256_storeu_pd(reinterpret_cast<double*>(at), _mm256_permute2f128_pd(low, high, 0x20));
+            _mm256_storeu_pd(reinterpret_cast<double*>(at + 8), _mm256_permute2f128_pd(low, high, 0x31));
+        }
+    }
+}
+
+// The bytes 2 w + 12 of two blocks and their scales, as the activations lie; of one weight row or of two.
+struct Weights {
+    Ints even, odd;
+    Floats scale;
+};
+
+inline Weights decoded(Ints codes, const float* scales) {
+    const Ints table = spread(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    const Ints mask = all_lanes(0x0F0F0F0F);
+    return {look_up(table, both(codes, mask)), look_up(table, both(down16<4>(codes), mask)), halves(scales)};
 }
 
 // The last pair where a row has an odd number of blocks: the activations of the missing one are zero.
-inline Weights half_pair(const Row& row, int64_t pair) {
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.codes + 32 * pair));
-    return decoded(_mm256_broadcastsi128_si256(codes), scale_of(row.scale[2 * pair]), 1.0F);
-}
-
-inline __m256 add_pair(const Weights& w, const Pair& x, __m256 sum) {
-    const __m256i even = _mm256_maddubs_epi16(w.even, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.even)));
-    const __m256i odd = _mm256_maddubs_epi16(w.odd, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.odd)));
-    const __m256i products = _mm256_madd_epi16(_mm256_add_epi16(even, odd), _mm256_set1_epi16(1));
-    const __m256i correction = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.correction));
-    const __m256 exact = _mm256_cvtepi32_ps(_mm256_add_epi32(products, correction));
-    return _mm256_fmadd_ps(exact, _mm256_mul_ps(w.scale, _mm256_loadu_ps(x.scale)), sum);
-}
-
-// Few activation rows: weights go by once, decoded. The lanes' sums of `Rows` weight rows and `Tokens` activation
-// rows, which lie `width` apart, over one panel.
-template <int Rows, int Tokens>
-inline void dot_rows(const Row* rows, const Pair* x, int64_t width, int64_t first, int64_t whole, int64_t last,
-                     int64_t next_bytes, __m256 (*out)[Tokens]) {
-    __m256 sums[Rows][Tokens];
-    for (auto& of_row : sums) {
-        for (auto& sum : of_row) sum = _mm256_setzero_ps();
+inline Weights half_pair(const uint8_t* const* codes, int64_t offset, const float* scales) {
+    uint8_t rest[kSide][32] = {};
+    const uint8_t* rows[kSide];
+    for (int side = 0; side < kSide; ++side) {
+        rows[side] = static_cast<uint8_t*>(std::memcpy(rest[side], codes[side] + offset, 16));
     }
-    for (int64_t pair = first; pair < whole; ++pair, ++x) {
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-            if ((pair - first) % 2 == 0) {  // a row is short: the hardware's own prefetch starts again with every row
-                _mm_prefetch(reinterpret_cast<const char*>(rows[r].codes) + 32 * pair + next_bytes, _MM_HINT_T0);
-            }
-            const Weights w = whole_pair(rows[r], pair);
-#pragma GCC unroll 4
-            for (int t = 0; t < Tokens; ++t) sums[r][t] = add_pair(w, x[t * width], sums[r][t]);
+    return decoded(beside(rows, 0), scales);
+}
+
+inline Floats add_pair(const Weights& w, const Pair& x, Floats sum) {
+    const Ints exact = dot_bytes(spread(x.correction), w.even, spread(x.even), w.odd, spread(x.odd));
+    return add_product(to_floats(exact), times(w.scale, spread(x.scale)), sum);
+}
+
+// The codes and scales of `Rows` weight rows from `row` on, the last one again where fewer are left.
+template <int64_t Rows>
+struct Group {
+    const uint8_t *codes[Rows], *scale[Rows];
+    Group(const Matrix& m, int64_t row, int64_t last) {
+        for (int64_t r = 0; r < Rows; ++r) {
+            const int64_t at = smaller(row + r, last - 1);
+            codes[r] = static_cast<const uint8_t*>(m.codes) + at * (m.in / 2);
+            scale[r] = static_cast<const uint8_t*>(m.scale) + at * (m.in / 32);
         }
     }
-    for (int r = 0; whole < last && r < Rows; ++r) {
-        const Weights w = half_pair(rows[r], whole);
-        for (int t = 0; t < Tokens; ++t) sums[r][t] = add_pair(w, x[t * width], sums[r][t]);
+};
+
+constexpr int64_t kScales = 2 * kSide * kPairs;  // of a panel, of the rows of a vector
+
+int64_t blocks_of(int64_t in, int64_t pair) { return smaller(2 * kPairs, in / 32 - 2 * pair); }
+
+// Few activation rows: weights go by once, decoded. The sums of `Rows` weight rows and `Tokens` activation rows, which
+// lie `width` apart, over one panel of `whole` pairs, and one more if half a pair is left.
+template <int Rows, int Tokens>
+inline void dot_rows(const uint8_t* const* codes, const float* scales, const Pair* x, int64_t width, int64_t pair,
+                     int64_t whole, int64_t next_bytes, Floats (*out)[Tokens]) {
+    Floats sums[Rows / kSide][Tokens];
+    for (auto& of_rows : sums) {
+        for (auto& sum : of_rows) sum = no_floats();
     }
-    for (int r = 0; r < Rows; ++r) {
-        for (int t = 0; t < Tokens; ++t) out[r][t] = sums[r][t];
+    for (int64_t at = 0; at < whole; ++at) {
+        if (at % 2 == 0) {  // a row is short: the hardware's own prefetch starts again with every row
+            for (int r = 0; r < Rows; ++r) {
+                const char* code = reinterpret_cast<const char*>(codes[r]);
+                _mm_prefetch(code + 32 * (pair + at) + next_bytes, _MM_HINT_T0);
+            }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < Rows / kSide; ++v) {
+            const Weights w = decoded(beside(codes + v * kSide, 32 * (pair + at)), scales + v * kScales + 2 * kSide * at);
+#pragma GCC unroll 4
+            for (int t = 0; t < Tokens; ++t) sums[v][t] = add_pair(w, x[t * width + at], sums[v][t]);
+        }
+    }
+    for (int v = 0; whole < width && v < Rows / kSide; ++v) {
+        const Weights w = half_pair(codes + v * kSide, 32 * (pair + whole), scales + v * kScales + 2 * kSide * whole);
+        for (int t = 0; t < Tokens; ++t) sums[v][t] = add_pair(w, x[t * width + whole], sums[v][t]);
+    }
+    for (int v = 0; v < Rows / kSide; ++v) {
+        for (int t = 0; t < Tokens; ++t) out[v][t] = sums[v][t];
     }
 }
 
 template <int Tokens>
-TENFOLD_APART void dot_quad(const Product& p, const Row (&rows)[kQuad], int64_t pair, int64_t row, int64_t last) {
-    constexpr int kRows = Tokens <= 2 ? 4 : 2;  // as many sums at a time as the registers hold
-    const int64_t in = p.weight.in, width = panel_width(in, pair), stop = pair + width;
-    __m256 sums[kQuad][Tokens];
+TENFOLD_APART void dot_quad(const Product& p, const Group<kQuad>& rows, int64_t pair, int64_t row, int64_t last) {
+    constexpr int kRows = Tokens <= 2 * kSide ? 4 : 2;  // as many sums at a time as the registers hold
+    const int64_t in = p.weight.in, width = panel_width(in, pair), whole = smaller(width, in / 64 - pair);
+    float scales[kQuad / kSide][kScales];
+    Floats sums[kQuad / kSide][Tokens];
+    for (int64_t v = 0; v < kQuad / kSide; ++v) {
+        set_scales(rows.scale + v * kSide, 2 * pair, blocks_of(in, pair), scales[v]);
+    }
     for (int r = 0; r < kQuad; r += kRows) {
-        dot_rows<kRows, Tokens>(rows + r, pair_row(p, pair, 0), width, pair, smaller(stop, in / 64), stop,
-                                kQuad * in / 2, sums + r);
+        dot_rows<kRows, Tokens>(rows.codes + r, scales[r / kSide], pair_row(p, pair, 0), width, pair, whole,
+                                kQuad * in / 2, sums + r / kSide);
     }
     for (int t = 0; t < Tokens; ++t) {
-        const __m128 sum = lane_sums(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
-        put(y_row(p, t, row), sum, smaller(kQuad, last - row), p.add || pair > 0);
+        put(y_row(p, t, row), quad_sums(&sums[0][t], Tokens, 0), smaller(kQuad, last - row), p.add || pair > 0);
     }
 }
 
 void multiply_few(const Product& p, int64_t first, int64_t last) {
-    const int64_t end = last - 1;
     for (int64_t row = first; row < last; row += kQuad) {
-        const Row rows[kQuad] = {{p.weight, row},
-                                 {p.weight, smaller(row + 1, end)},
-                                 {p.weight, smaller(row + 2, end)},
-                                 {p.weight, smaller(row + 3, end)}};
+        const Group<kQuad> rows(p.weight, row, last);
         for (int64_t pair = 0; pair < num_pairs(p.weight.in); pair += kPairs) {
             switch (p.count) {
                 case 1: dot_quad<1>(p, rows, pair, row, last); break;
@@ -189,65 +222,80 @@ void multiply_few(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-// More rows: weights are decoded into a tile first.
-TENFOLD_APART void unpack(const Row& row, int64_t first, int64_t whole, int64_t last, const uint8_t* next,
-                          Weights* to) {
-    prefetch_lines(next, 32 * (whole - first));
-    for (int64_t pair = first; pair < whole; ++pair) *to++ = whole_pair(row, pair);
-    if (whole < last) *to = half_pair(row, whole);
+// More rows: weights are decoded into a tile first, four vectors of rows after four.
+constexpr int64_t kWide = 4 * kSide;
+
+// `next`, as many bytes of each row, comes next.
+TENFOLD_APART void unpack(const Group<kSide>& rows, int64_t in, int64_t pair, const Group<kSide>& next,
+                          int64_t next_pair, Weights* to) {
+    const int64_t width = panel_width(in, pair), whole = smaller(width, in / 64 - pair);
+    for (const uint8_t* codes : next.codes) prefetch_lines(codes + 32 * next_pair, 32 * whole);
+    float scales[kScales];
+    set_scales(rows.scale, 2 * pair, blocks_of(in, pair), scales);
+    for (int64_t at = 0; at < whole; ++at) {
+        *to++ = decoded(beside(rows.codes, 32 * (pair + at)), scales + 2 * kSide * at);
+    }
+    if (whole < width) *to = half_pair(rows.codes, 32 * (pair + whole), scales + 2 * kSide * whole);
 }
 
 template <int Tokens>
-TENFOLD_APART void multiply_quad(const Product& p, const Weights* tile, int64_t pair, int64_t width, int64_t i,
-                                 int64_t row, int64_t rows) {
-    __m256 sums[kQuad][Tokens];
-    for (auto& of_row : sums) {
-        for (auto& sum : of_row) sum = _mm256_setzero_ps();
+TENFOLD_APART void multiply_wide(const Product& p, const Weights* tile, int64_t pair, int64_t i, int64_t row,
+                                 int64_t last) {
+    const int64_t width = panel_width(p.weight.in, pair);
+    Floats sums[4][Tokens];
+    for (auto& of_rows : sums) {
+        for (auto& sum : of_rows) sum = no_floats();
     }
     const Pair* x = pair_row(p, pair, i);
     for (int64_t at = 0; at < width; ++at) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kQuad; ++r) {
-            const Weights& w = tile[r * kPairs + at];
-#pragma GCC unroll 3
-            for (int t = 0; t < Tokens; ++t) sums[r][t] = add_pair(w, x[t * width + at], sums[r][t]);
+        for (int v = 0; v < 4; ++v) {
+            const Weights& w = tile[v * kPairs + at];
+#pragma GCC unroll 4
+            for (int t = 0; t < Tokens; ++t) sums[v][t] = add_pair(w, x[t * width + at], sums[v][t]);
         }
     }
-    for (int t = 0; t < Tokens; ++t) {
-        const __m128 sum = lane_sums(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
-        put(y_row(p, i + t, row), sum, rows, p.add || pair > 0);
+    for (int64_t quad = 0; quad < kWide && row + quad < last; quad += kQuad) {
+        for (int t = 0; t < Tokens; ++t) {
+            const __m128 sum = quad_sums(&sums[0][t], Tokens, quad);
+            put(y_row(p, i + t, row + quad), sum, smaller(kQuad, last - row - quad), p.add || pair > 0);
+        }
     }
 }
 
-void multiply_tokens(const Product& p, const Weights* tile, int64_t pair, int64_t row, int64_t rows, int64_t first,
-                     int64_t last) {
-    const int64_t width = panel_width(p.weight.in, pair);
-    int64_t i = first;
-    for (; last - i >= 3 && last - i != 4; i += 3) multiply_quad<3>(p, tile, pair, width, i, row, rows);
-    for (; last - i >= 2; i += 2) multiply_quad<2>(p, tile, pair, width, i, row, rows);
-    if (i < last) multiply_quad<1>(p, tile, pair, width, i, row, rows);
+void multiply_tokens(const Product& p, const Weights* tile, int64_t pair, int64_t row, int64_t last, int64_t i,
+                     int64_t stop) {
+    constexpr int64_t kMost = 2 + kSide;  // as many sums as the registers hold
+    while (i < stop) {
+        const int64_t left = stop - i, tokens = left == kMost + 1 ? kMost - 1 : smaller(left, kMost);  // one is slow
+        switch (tokens) {
+            case 1: multiply_wide<1>(p, tile, pair, i, row, last); break;
+            case 2: multiply_wide<2>(p, tile, pair, i, row, last); break;
+            case 3: multiply_wide<3>(p, tile, pair, i, row, last); break;
+            default: multiply_wide<kMost>(p, tile, pair, i, row, last); break;
+        }
+        i += tokens;
+    }
 }
 
 void multiply_tile(const Product& p, Weights* tile, int64_t pair, int64_t first, int64_t last) {
-    const int64_t in = p.weight.in, stop = pair + panel_width(in, pair), rows = last - first;
-    for (int64_t r = 0; r < quads(rows) * kQuad; ++r) {
-        const Row row(p.weight, smaller(first + r, last - 1));
-        const bool more = stop < num_pairs(in);
-        const Row after = more ? row : Row(p.weight, smaller(first + r + tile_rows(p.count), p.weight.out - 1));
-        const uint8_t* next = after.codes + (more ? 32 * stop : 0);
-        unpack(row, pair, smaller(stop, in / 64), stop, next, tile + r * kPairs);
+    const int64_t in = p.weight.in, stop = pair + panel_width(in, pair);
+    const bool more = stop < num_pairs(in);
+    for (int64_t r = 0; r < last - first; r += kSide) {
+        const Group<kSide> rows(p.weight, first + r, last);
+        const Group<kSide> after(p.weight, first + r + tile_rows(p.count), p.weight.out);
+        unpack(rows, in, pair, more ? rows : after, more ? stop : 0, tile + r / kSide * kPairs);
     }
     for (int64_t i = 0; i < p.count; i += kTokens) {
-        for (int64_t r = 0; r < rows; r += kQuad) {
-            multiply_tokens(p, tile + r * kPairs, pair, first + r, smaller(kQuad, rows - r), i,
-                            smaller(i + kTokens, p.count));
+        for (int64_t r = 0; r < last - first; r += kWide) {
+            multiply_tokens(p, tile + r / kSide * kPairs, pair, first + r, last, i, smaller(i + kTokens, p.count));
         }
     }
 }
 
 void multiply_rows(const Product& p, int64_t first, int64_t last) {
     if (p.count <= kFew) return multiply_few(p, first, last);
-    Weights tile[kTileRows * kPairs];
+    Weights tile[kTileRows / kSide * kPairs] = {};  // rows beyond the last are multiplied as well, and dropped
     const int64_t rows = tile_rows(p.count);
     for (int64_t row = first; row < last; row += rows) {
         for (int64_t pair = 0; pair < num_pairs(p.weight.in); pair += kPairs) {
@@ -257,6 +305,13 @@ void multiply_rows(const Product& p, int64_t first, int64_t last) {
 }
 
 #else
+
+struct Row {
+    const uint8_t *codes, *scale;
+    Row(const Matrix& m, int64_t row)
+        : codes(static_cast<const uint8_t*>(m.codes) + row * (m.in / 2)),
+          scale(static_cast<const uint8_t*>(m.scale) + row * (m.in / 32)) {}
+};
 
 // One block of 32 into half `half` of a pair.
 void quantise(const float* x, Pair& pair, int half) {

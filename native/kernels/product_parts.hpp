@@ -4,7 +4,7 @@
 #include "product.hpp"
 
 #ifdef __AVX2__
-#include <immintrin.h>
+#include "lanes.hpp"
 #endif
 
 // Loops stand in functions of their own: inlined into one, their constants no longer fit the registers.
@@ -82,6 +82,12 @@ inline void put(float* y, __m128 sums, int64_t rows, bool add) {
     float values[kQuad];
     _mm_storeu_ps(values, sums);
     for (int64_t r = 0; r < rows; ++r) y[r] = add ? y[r] + values[r] : values[r];
+}
+
+// Sums of four weight rows from `first` on with one activation row, from vectors of lanes that lie `stride` apart.
+inline __m128 quad_sums(const Floats* sums, int64_t stride, int64_t first) {
+    return lane_sums(row_at(sums, stride, first), row_at(sums, stride, first + 1), row_at(sums, stride, first + 2),
+                     row_at(sums, stride, first + 3));
 }
 
 inline void prefetch_lines(const void* from, int64_t num_bytes) {

@@ -1,0 +1,133 @@
+// Vectors that hold the same eight lanes of `kSide` weight rows side by side: one row with AVX2, two with AVX-512.
+//
+// Every row is summed in eight lanes of its own, in the same order, so both widths give the same bits.
+#pragma once
+
+#ifdef __AVX2__
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+#ifdef __AVX512VNNI__
+
+constexpr int kSide = 2;
+using Floats = __m512;
+using Ints = __m512i;
+
+inline Floats no_floats() { return _mm512_setzero_ps(); }
+inline Ints no_ints() { return _mm512_setzero_si512(); }
+inline Floats add_product(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
+
+// Eight numbers, or 32 bytes, beside each row.
+inline Floats spread(const float* from) {
+    return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(from))));
+}
+inline Ints spread(const void* from) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+inline Ints spread(__m128i bytes) { return _mm512_broadcast_i32x4(bytes); }  // beside each half of a row
+
+// 32 bytes of each row.
+inline Ints beside(const uint8_t* const* rows, int64_t offset) {
+    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0] + offset));
+    const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[1] + offset));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+inline Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+inline Ints all_lanes(int32_t v) { return _mm512_set1_epi32(v); }
+inline Ints look_up(Ints table, Ints at) { return _mm512_shuffle_epi8(table, at); }
+inline Ints larger_bytes(Ints a, Ints b) { return _mm512_max_epu8(a, b); }
+inline Ints twice_bytes(Ints a) { return _mm512_add_epi8(a, a); }
+template <int Bits>
+inline Ints down16(Ints v) { return _mm512_srli_epi16(v, Bits); }
+template <int Bits>
+inline Ints down16_signed(Ints v) { return _mm512_srai_epi16(v, Bits); }
+template <int Bits>
+inline Ints up16(Ints v) { return _mm512_slli_epi16(v, Bits); }
+template <int Bits>
+inline Ints up32(Ints v) { return _mm512_slli_epi32(v, Bits); }
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+
+// start + the products of unsigned and signed bytes, by fours.
+inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, a, x), b, y);
+}
+
+// From two scales of each row, beside each other: the first for the first half of its lanes, the second for the rest.
+inline Floats halves(const float* from) {
+    const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(from)), which);
+}
+
+inline __m256 row_of(Floats v, int side) {
+    return side == 0 ? _mm512_castps512_ps256(v) : _mm512_extractf32x8_ps(v, 1);
+}
+
+#else
+
+constexpr int kSide = 1;
+using Floats = __m256;
+using Ints = __m256i;
+
+inline Floats no_floats() { return _mm256_setzero_ps(); }
+inline Ints no_ints() { return _mm256_setzero_si256(); }
+inline Floats add_product(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
+inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
+inline Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
+inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
+inline Ints spread(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline Ints spread(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
+
+inline Ints beside(const uint8_t* const* rows, int64_t offset) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0] + offset));
+}
+
+inline Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+inline Ints all_lanes(int32_t v) { return _mm256_set1_epi32(v); }
+inline Ints look_up(Ints table, Ints at) { return _mm256_shuffle_epi8(table, at); }
+inline Ints larger_bytes(Ints a, Ints b) { return _mm256_max_epu8(a, b); }
+inline Ints twice_bytes(Ints a) { return _mm256_add_epi8(a, a); }
+template <int Bits>
+inline Ints down16(Ints v) { return _mm256_srli_epi16(v, Bits); }
+template <int Bits>
+inline Ints down16_signed(Ints v) { return _mm256_srai_epi16(v, Bits); }
+template <int Bits>
+inline Ints up16(Ints v) { return _mm256_slli_epi16(v, Bits); }
+template <int Bits>
+inline Ints up32(Ints v) { return _mm256_slli_epi32(v, Bits); }
+inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+
+// Sums of pairs stay below 2^15: see product_int8.cpp for the sizes of a and b.
+inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
+    return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+inline Floats halves(const float* from) {
+    const __m256i which = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    const __m256d two = _mm256_broadcast_sd(reinterpret_cast<const double*>(from));
+    return _mm256_permutevar_ps(_mm256_castpd_ps(two), which);
+}
+
+inline __m256 row_of(Floats v, int) { return v; }
+
+#endif
+
+// Of vectors of sums, `stride` apart, the lanes of one row.
+inline __m256 row_at(const Floats* sums, int64_t stride, int64_t row) {
+    return row_of(sums[row / kSide * stride], static_cast<int>(row % kSide));
+}
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA
+
+#endif
