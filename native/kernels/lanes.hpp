@@ -12,7 +12,41 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
+// The same names for both widths.
+
+inline __m256 add_product(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_ps(a, b, sum); }
+inline __m256 times(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+inline __m256 as_floats(__m256i v) { return _mm256_castsi256_ps(v); }
+inline __m256 to_floats(__m256i v) { return _mm256_cvtepi32_ps(v); }
+inline __m256i both(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
+inline __m256i look_up(__m256i table, __m256i at) { return _mm256_shuffle_epi8(table, at); }
+inline __m256i larger_bytes(__m256i a, __m256i b) { return _mm256_max_epu8(a, b); }
+inline __m256i twice_bytes(__m256i v) { return _mm256_add_epi8(v, v); }
+inline __m256i down16(__m256i v, int bits) { return _mm256_srli_epi16(v, bits); }
+inline __m256i down16_signed(__m256i v, int bits) { return _mm256_srai_epi16(v, bits); }
+inline __m256i up16(__m256i v, int bits) { return _mm256_slli_epi16(v, bits); }
+inline __m256i up32(__m256i v, int bits) { return _mm256_slli_epi32(v, bits); }
+inline __m256i all_lanes(__m256i, int32_t value) { return _mm256_set1_epi32(value); }
+inline bool has_byte(__m256i v, int8_t byte) {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(byte))) != 0;
+}
+
 #ifdef __AVX512VNNI__
+
+inline __m512 add_product(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+inline __m512 times(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+inline __m512 as_floats(__m512i v) { return _mm512_castsi512_ps(v); }
+inline __m512 to_floats(__m512i v) { return _mm512_cvtepi32_ps(v); }
+inline __m512i both(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
+inline __m512i look_up(__m512i table, __m512i at) { return _mm512_shuffle_epi8(table, at); }
+inline __m512i larger_bytes(__m512i a, __m512i b) { return _mm512_max_epu8(a, b); }
+inline __m512i twice_bytes(__m512i v) { return _mm512_add_epi8(v, v); }
+inline __m512i down16(__m512i v, int bits) { return _mm512_srli_epi16(v, static_cast<unsigned>(bits)); }
+inline __m512i down16_signed(__m512i v, int bits) { return _mm512_srai_epi16(v, static_cast<unsigned>(bits)); }
+inline __m512i up16(__m512i v, int bits) { return _mm512_slli_epi16(v, static_cast<unsigned>(bits)); }
+inline __m512i up32(__m512i v, int bits) { return _mm512_slli_epi32(v, static_cast<unsigned>(bits)); }
+inline __m512i all_lanes(__m512i, int32_t value) { return _mm512_set1_epi32(value); }
+inline bool has_byte(__m512i v, int8_t byte) { return _mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(byte)) != 0; }
 
 constexpr int kSide = 2;
 using Floats = __m512;
@@ -20,19 +54,16 @@ using Ints = __m512i;
 
 inline Floats no_floats() { return _mm512_setzero_ps(); }
 inline Ints no_ints() { return _mm512_setzero_si512(); }
-inline Floats add_product(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
-inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
-inline Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
 
-// Eight numbers, or 32 bytes, beside each row.
+// Eight numbers, or 32 bytes, beside each row; 16 bytes beside each half of a row.
 inline Floats spread(const float* from) {
     return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_loadu_pd(reinterpret_cast<const double*>(from))));
 }
 inline Ints spread(const void* from) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
-inline Ints spread(__m128i bytes) { return _mm512_broadcast_i32x4(bytes); }  // beside each half of a row
+inline Ints spread(__m128i bytes) { return _mm512_broadcast_i32x4(bytes); }
 
 // 32 bytes of each row.
 inline Ints beside(const uint8_t* const* rows, int64_t offset) {
@@ -41,22 +72,7 @@ inline Ints beside(const uint8_t* const* rows, int64_t offset) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-inline Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
-inline Ints all_lanes(int32_t v) { return _mm512_set1_epi32(v); }
-inline Ints look_up(Ints table, Ints at) { return _mm512_shuffle_epi8(table, at); }
-inline Ints larger_bytes(Ints a, Ints b) { return _mm512_max_epu8(a, b); }
-inline Ints twice_bytes(Ints a) { return _mm512_add_epi8(a, a); }
-template <int Bits>
-inline Ints down16(Ints v) { return _mm512_srli_epi16(v, Bits); }
-template <int Bits>
-inline Ints down16_signed(Ints v) { return _mm512_srai_epi16(v, Bits); }
-template <int Bits>
-inline Ints up16(Ints v) { return _mm512_slli_epi16(v, Bits); }
-template <int Bits>
-inline Ints up32(Ints v) { return _mm512_slli_epi32(v, Bits); }
-inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
-
-// start + the products of unsigned and signed bytes, by fours.
+// start + products of unsigned bytes a, b and signed bytes x, y, by fours.
 inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, a, x), b, y);
 }
@@ -79,10 +95,7 @@ using Ints = __m256i;
 
 inline Floats no_floats() { return _mm256_setzero_ps(); }
 inline Ints no_ints() { return _mm256_setzero_si256(); }
-inline Floats add_product(Floats a, Floats b, Floats sum) { return _mm256_fmadd_ps(a, b, sum); }
-inline Floats times(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
-inline Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
 inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
 inline Ints spread(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline Ints spread(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
@@ -91,22 +104,7 @@ inline Ints beside(const uint8_t* const* rows, int64_t offset) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0] + offset));
 }
 
-inline Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
-inline Ints all_lanes(int32_t v) { return _mm256_set1_epi32(v); }
-inline Ints look_up(Ints table, Ints at) { return _mm256_shuffle_epi8(table, at); }
-inline Ints larger_bytes(Ints a, Ints b) { return _mm256_max_epu8(a, b); }
-inline Ints twice_bytes(Ints a) { return _mm256_add_epi8(a, a); }
-template <int Bits>
-inline Ints down16(Ints v) { return _mm256_srli_epi16(v, Bits); }
-template <int Bits>
-inline Ints down16_signed(Ints v) { return _mm256_srai_epi16(v, Bits); }
-template <int Bits>
-inline Ints up16(Ints v) { return _mm256_slli_epi16(v, Bits); }
-template <int Bits>
-inline Ints up32(Ints v) { return _mm256_slli_epi32(v, Bits); }
-inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
-
-// Sums of pairs stay below 2^15: see product_int8.cpp for the sizes of a and b.
+// Pairs must stay within 16 bits: product_int8.cpp tells how large a and b are.
 inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
     return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -121,6 +119,8 @@ inline Floats halves(const float* from) {
 inline __m256 row_of(Floats v, int) { return v; }
 
 #endif
+
+constexpr int64_t kWide = 4 * kSide;  // rows of the four vectors that are summed at a time
 
 // Of vectors of sums, `stride` apart, the lanes of one row.
 inline __m256 row_at(const Floats* sums, int64_t stride, int64_t row) {

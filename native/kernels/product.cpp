@@ -88,7 +88,7 @@ inline void decode(const Bf16Row&, const uint16_t* codes, int64_t, __m256 (&w)[4
 
 template <class Scale>
 inline void decode(const Fp8Row<Scale>& row, const uint8_t* codes, int64_t k, __m256 (&w)[4], __m256i& worst) {
-    decode_fp8(codes, w, worst);
+    decode_fp8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), w, worst);
     float scale = row.scale_at(k);
     if (scale < 0x1p7F) {
         scale *= 0x1p120F;
@@ -157,6 +157,15 @@ inline void prefetch(const typename Row::Code* codes, int64_t k, int64_t next_by
     const char* next = reinterpret_cast<const char*>(codes) + next_bytes;
     if (Row::kBlockBytes < 64 && k / 32 * Row::kBlockBytes % 64 != 0) return;  // one line holds several blocks
     for (int64_t line = 0; line < Row::kBlockBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+}
+
+// A NaN among the codes makes a whole sum NaN; it is rare, so the row is searched for again.
+template <int Tokens>
+TENFOLD_APART void poison(const uint8_t* codes, int64_t first, int64_t last, __m256 (&sums)[Tokens]) {
+    for (int64_t k = first; k < last; ++k) {
+        if ((codes[k] & 0x7F) != 0x7F) continue;
+        for (auto& sum : sums) sum = _mm256_set1_ps(__builtin_nanf(""));
+    }
 }
 
 template <int Tokens>
@@ -266,72 +275,77 @@ void multiply_few_fp8(const Product& p, int64_t first, int64_t last) {
 
 // ---------------------------------------------------------------- more rows: weights are decoded into a tile first
 
+// A tile holds vector after vector of rows, of each all columns of a panel, eight of one row beside eight of the other.
+inline float* tile_row(float* tile, int64_t r) { return tile + r / kSide * (kSide * kPanel) + r % kSide * 8; }
+
 // Row by row and panel by panel is no order the hardware foresees: `next`, `last - first` columns, comes next.
 template <class Row>
 TENFOLD_APART void unpack(const Row& row, int64_t first, int64_t last, const typename Row::Code* next, float* to) {
     prefetch_lines(next, (last - first) / 32 * Row::kBlockBytes);
     __m256i worst = _mm256_setzero_si256();
     float* const start = to;
-    int64_t k = first;
-    for (; k + 32 <= last; k += 32, to += 32) {
+    for (int64_t k = first; k < last; k += 32, to += 32 * kSide) {
         __m256 w[4];
-        decode(row, row.at(k), k, w, worst);
-        for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * i, w[i]);
-    }
-    if (k < last) {
-        __m256 w[4];
-        decode_rest(row, k, last - k, w, worst);
-        for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * i, w[i]);
+        if (last - k < 32) decode_rest(row, k, last - k, w, worst);
+        else decode(row, row.at(k), k, w, worst);
+        for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * kSide * i, w[i]);
     }
     if (Row::kMayBeNan && has_nan_code(worst)) *start = __builtin_nanf("");  // NaN times anything: one is enough
 }
 
 template <int Tokens>
-TENFOLD_APART void multiply_quad(const Product& p, const float* tile, int64_t k, int64_t width, int64_t i,
-                                 int64_t row, int64_t rows) {
-    __m256 sums[kQuad][Tokens];
-    for (auto& of_row : sums) {
-        for (auto& sum : of_row) sum = _mm256_setzero_ps();
+TENFOLD_APART void multiply_wide(const Product& p, const float* tile, int64_t k, int64_t width, int64_t i, int64_t row,
+                                 int64_t last) {
+    Floats sums[4][Tokens];
+    for (auto& of_rows : sums) {
+        for (auto& sum : of_rows) sum = no_floats();
     }
     const float* x = panel_row(p, k, width, i);
     for (int64_t column = 0; column < width; column += 8) {
-        __m256 xs[Tokens];
-#pragma GCC unroll 3
-        for (int t = 0; t < Tokens; ++t) xs[t] = _mm256_loadu_ps(x + t * width + column);
+        Floats xs[Tokens];
 #pragma GCC unroll 4
-        for (int r = 0; r < kQuad; ++r) {
-            const __m256 w = _mm256_load_ps(tile + r * kPanel + column);
-#pragma GCC unroll 3
-            for (int t = 0; t < Tokens; ++t) sums[r][t] = _mm256_fmadd_ps(w, xs[t], sums[r][t]);
+        for (int t = 0; t < Tokens; ++t) xs[t] = spread(x + t * width + column);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            const Floats w = load(tile + kSide * (v * kPanel + column));
+#pragma GCC unroll 4
+            for (int t = 0; t < Tokens; ++t) sums[v][t] = add_product(w, xs[t], sums[v][t]);
         }
     }
-    for (int t = 0; t < Tokens; ++t) {
-        put(y_row(p, i + t, row), lane_sums(sums[0][t], sums[1][t], sums[2][t], sums[3][t]), rows, p.add || k > 0);
+    for (int64_t quad = 0; quad < kWide && row + quad < last; quad += kQuad) {
+        for (int t = 0; t < Tokens; ++t) {
+            const __m128 sum = quad_sums(&sums[0][t], Tokens, quad);
+            put(y_row(p, i + t, row + quad), sum, smaller(kQuad, last - row - quad), p.add || k > 0);
+        }
     }
 }
 
-void multiply_tokens(const Product& p, const float* tile, int64_t k, int64_t width, int64_t row, int64_t rows,
-                     int64_t first, int64_t last) {
-    int64_t i = first;
-    for (; last - i >= 3 && last - i != 4; i += 3) multiply_quad<3>(p, tile, k, width, i, row, rows);
-    for (; last - i >= 2; i += 2) multiply_quad<2>(p, tile, k, width, i, row, rows);
-    if (i < last) multiply_quad<1>(p, tile, k, width, i, row, rows);
+void multiply_tokens(const Product& p, const float* tile, int64_t k, int64_t width, int64_t row, int64_t last,
+                     int64_t i, int64_t stop) {
+    while (i < stop) {
+        const int64_t tokens = tokens_of(stop - i);
+        switch (tokens) {
+            case 1: multiply_wide<1>(p, tile, k, width, i, row, last); break;
+            case 2: multiply_wide<2>(p, tile, k, width, i, row, last); break;
+            case 3: multiply_wide<3>(p, tile, k, width, i, row, last); break;
+            default: multiply_wide<kMostTokens>(p, tile, k, width, i, row, last); break;
+        }
+        i += tokens;
+    }
 }
 
 template <class Row>
 void multiply_tile(const Product& p, float* tile, int64_t k, int64_t first, int64_t last) {
     const int64_t in = p.weight.in, width = smaller(kPanel, padded(in) - k);
-    const int64_t rows = last - first, whole = quads(rows) * kQuad;
-    for (int64_t r = 0; r < whole; ++r) {
+    for (int64_t r = 0; r < round_up(last - first, kWide); ++r) {
         const Row row(p.weight, smaller(first + r, last - 1));
         const bool more = k + kPanel < in;
         const Row after = more ? row : Row(p.weight, smaller(first + r + tile_rows(p.count), p.weight.out - 1));
-        unpack(row, k, smaller(k + kPanel, in), after.at(more ? k + kPanel : 0), tile + r * kPanel);
+        unpack(row, k, smaller(k + kPanel, in), after.at(more ? k + kPanel : 0), tile_row(tile, r));
     }
     for (int64_t i = 0; i < p.count; i += kTokens) {
-        for (int64_t r = 0; r < rows; r += kQuad) {
-            multiply_tokens(p, tile + r * kPanel, k, width, first + r, smaller(kQuad, rows - r), i,
-                            smaller(i + kTokens, p.count));
+        for (int64_t r = 0; r < last - first; r += kWide) {
+            multiply_tokens(p, tile_row(tile, r), k, width, first + r, last, i, smaller(i + kTokens, p.count));
         }
     }
 }

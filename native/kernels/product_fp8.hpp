@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "product_parts.hpp"
-#include "scratch.hpp"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
@@ -32,28 +31,20 @@ struct Fp8Row {
 
 // An e4m3 code put four bits below its place in a float32 is that number times 2^-120, subnormal or not. The largest
 // code of either sign would be NaN: `worst` keeps the largest byte seen, its sign shifted out.
-inline void decode_fp8(const uint8_t* codes, __m256 (&w)[4], __m256i& worst) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(0x87F00000));
-    worst = _mm256_max_epu8(worst, _mm256_add_epi8(v, v));
-    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 4), odd = _mm256_srai_epi16(v, 4);
-    w[0] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(even, 16), mask));
-    w[1] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(odd, 16), mask));
-    w[2] = _mm256_castsi256_ps(_mm256_and_si256(even, mask));
-    w[3] = _mm256_castsi256_ps(_mm256_and_si256(odd, mask));
+template <class Codes, class Numbers>
+inline void decode_fp8(Codes v, Numbers (&w)[4], Codes& worst) {
+    const Codes mask = all_lanes(v, static_cast<int32_t>(0x87F00000));
+    worst = larger_bytes(worst, twice_bytes(v));
+    const Codes even = down16_signed(up16(v, 8), 4), odd = down16_signed(v, 4);
+    w[0] = as_floats(both(up32(even, 16), mask));
+    w[1] = as_floats(both(up32(odd, 16), mask));
+    w[2] = as_floats(both(even, mask));
+    w[3] = as_floats(both(odd, mask));
 }
 
-inline bool has_nan_code(__m256i worst) {
-    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(worst, _mm256_set1_epi8(-2))) != 0;
-}
-
-// A NaN among the codes makes a whole sum NaN; it is rare, so the row is searched for again.
-template <int Tokens>
-TENFOLD_APART void poison(const uint8_t* codes, int64_t first, int64_t last, __m256 (&sums)[Tokens]) {
-    for (int64_t k = first; k < last; ++k) {
-        if ((codes[k] & 0x7F) != 0x7F) continue;
-        for (auto& sum : sums) sum = _mm256_set1_ps(__builtin_nanf(""));
-    }
+template <class Codes>
+bool has_nan_code(Codes worst) {
+    return has_byte(worst, -2);
 }
 
 // 2^120 times a scale, if that is a power of two and not too large; else no finite number.
@@ -84,68 +75,73 @@ bool scale_panels(const Product& p, int64_t row, float* to) {
 }
 
 template <int Tokens>
-inline void add_codes(const uint8_t* codes, const float* x, int64_t width, __m256 (&sums)[Tokens], __m256i& worst) {
-    __m256 w[4];
+inline void add_codes(Ints codes, const float* x, int64_t width, Floats (&sums)[Tokens], Ints& worst) {
+    Floats w[4];
     decode_fp8(codes, w, worst);
-    __asm__("" : "+r"(x));  // x comes from memory each time: kept in registers it would drive the sums out of them
+    if constexpr (kSide == 1) {
+        __asm__("" : "+r"(x));  // from memory each time: kept in registers x would drive the sums out of them
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4
-        for (int t = 0; t < Tokens; ++t) {
-            sums[t] = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(x + t * width + 8 * i), sums[t]);
-        }
+        for (int t = 0; t < Tokens; ++t) sums[t] = add_product(w[i], spread(x + t * width + 8 * i), sums[t]);
     }
 }
 
-// The lanes' sums of `Rows` weight rows and `Tokens` activation rows over one panel. Each line of 64 codes asks for
-// the one of the next rows: a row is short, and the hardware's own prefetch would start again with every row.
+// The sums of `Rows` weight rows and `Tokens` activation rows over one panel; whether no code is NaN. Each line of 64
+// codes asks for the one of the next rows: a row is short, and the hardware's own prefetch starts again with each.
 template <int Rows, int Tokens>
-inline void dot_codes(const uint8_t* const* codes, const float* x, int64_t width, int64_t next_bytes,
-                      __m256 (*out)[Tokens]) {
-    __m256 sums[Rows][Tokens];
-    for (auto& of_row : sums) {
-        for (auto& sum : of_row) sum = _mm256_setzero_ps();
+inline bool dot_codes(const uint8_t* const* codes, const float* x, int64_t width, int64_t next_bytes,
+                      Floats (*out)[Tokens]) {
+    Floats sums[Rows / kSide][Tokens];
+    for (auto& of_rows : sums) {
+        for (auto& sum : of_rows) sum = no_floats();
     }
-    __m256i worst = _mm256_setzero_si256();
+    Ints worst = no_ints();
     for (int64_t k = 0; k < width; k += 32) {
+        if (k % 64 == 0) {
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-            if (k % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(codes[r]) + k + next_bytes, _MM_HINT_T0);
-            add_codes(codes[r] + k, x + k, width, sums[r], worst);
+            for (int r = 0; r < Rows; ++r) {
+                _mm_prefetch(reinterpret_cast<const char*>(codes[r]) + k + next_bytes, _MM_HINT_T0);
+            }
         }
+#pragma GCC unroll 8
+        for (int v = 0; v < Rows / kSide; ++v) add_codes(beside(codes + v * kSide, k), x + k, width, sums[v], worst);
     }
-    for (int r = 0; r < Rows; ++r) {
-        if (has_nan_code(worst)) poison(codes[r], 0, width, sums[r]);
-        for (int t = 0; t < Tokens; ++t) out[r][t] = sums[r][t];
+    for (int v = 0; v < Rows / kSide; ++v) {
+        for (int t = 0; t < Tokens; ++t) out[v][t] = sums[v][t];
     }
+    return !has_nan_code(worst);
 }
 
 template <int Count>
-bool all_finite(const __m256* sums) {
+bool all_finite(const Floats* sums) {
     const __m256 zeros = _mm256_setzero_ps();  // times a number 0, times anything else NaN
     __m256 finite = zeros;
-    for (int i = 0; i < Count; ++i) finite = _mm256_fmadd_ps(sums[i], zeros, finite);
+    for (int i = 0; i < Count; ++i) {
+        for (int side = 0; side < kSide; ++side) finite = _mm256_fmadd_ps(row_of(sums[i], side), zeros, finite);
+    }
     return _mm256_movemask_ps(_mm256_cmp_ps(finite, zeros, _CMP_EQ_OQ)) == 0xFF;
 }
 
-// One panel of a group of weight rows; false, and nothing written, if a sum is not finite: scaled activations reach
-// infinity sooner than others, so that this says nothing yet.
-template <int Group, int Tokens>
+// One panel of `Rows` weight rows; false, and nothing written, where a code is NaN or a sum not finite: scaled
+// activations reach infinity sooner than others, so that the sum may yet be a number.
+template <int Rows, int Tokens>
 TENFOLD_APART bool dot_group(const Product& p, const float* x, int64_t k, int64_t row, int64_t last) {
-    constexpr int kRows = Tokens <= 2 ? Group : 2;  // as many sums at a time as the registers hold
+    constexpr int kRows = Tokens <= 2 * kSide ? Rows : 2;  // as many sums at a time as the registers hold
     const int64_t in = p.weight.in, width = smaller(kPanel, in - k);
-    const uint8_t* codes[Group];
-    for (int64_t r = 0; r < Group; ++r) {
+    const uint8_t* codes[Rows];
+    for (int64_t r = 0; r < Rows; ++r) {
         codes[r] = static_cast<const uint8_t*>(p.weight.codes) + smaller(row + r, last - 1) * in + k;
     }
-    __m256 sums[Group][Tokens];
-    for (int r = 0; r < Group; r += kRows) {
-        dot_codes<kRows, Tokens>(codes + r, x, width, Group * in, sums + r);
+    Floats sums[Rows / kSide][Tokens];
+    for (int r = 0; r < Rows; r += kRows) {
+        if (!dot_codes<kRows, Tokens>(codes + r, x, width, Rows * in, sums + r / kSide)) return false;
     }
-    if (!all_finite<Group * Tokens>(sums[0])) return false;
-    for (int quad = 0; quad < Group && row + quad < last; quad += kQuad) {
+    if (!all_finite<Rows / kSide * Tokens>(sums[0])) return false;
+    for (int64_t quad = 0; quad < Rows && row + quad < last; quad += kQuad) {
         for (int t = 0; t < Tokens; ++t) {
-            const __m128 sum = lane_sums(sums[quad][t], sums[quad + 1][t], sums[quad + 2][t], sums[quad + 3][t]);
+            const __m128 sum = quad_sums(&sums[0][t], Tokens, quad);
             put(y_row(p, t, row + quad), sum, smaller(kQuad, last - row - quad), p.add || k > 0);
         }
     }

@@ -122,8 +122,8 @@ struct Weights {
 
 inline Weights decoded(Ints codes, const float* scales) {
     const Ints table = spread(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    const Ints mask = all_lanes(0x0F0F0F0F);
-    return {look_up(table, both(codes, mask)), look_up(table, both(down16<4>(codes), mask)), halves(scales)};
+    const Ints mask = all_lanes(codes, 0x0F0F0F0F);
+    return {look_up(table, both(codes, mask)), look_up(table, both(down16(codes, 4), mask)), halves(scales)};
 }
 
 // The last pair where a row has an odd number of blocks: the activations of the missing one are zero.
@@ -222,8 +222,7 @@ void multiply_few(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-// More rows: weights are decoded into a tile first, four vectors of rows after four.
-constexpr int64_t kWide = 4 * kSide;
+// More rows: weights are decoded into a tile first.
 
 // `next`, as many bytes of each row, comes next.
 TENFOLD_APART void unpack(const Group<kSide>& rows, int64_t in, int64_t pair, const Group<kSide>& next,
@@ -265,14 +264,13 @@ TENFOLD_APART void multiply_wide(const Product& p, const Weights* tile, int64_t 
 
 void multiply_tokens(const Product& p, const Weights* tile, int64_t pair, int64_t row, int64_t last, int64_t i,
                      int64_t stop) {
-    constexpr int64_t kMost = 2 + kSide;  // as many sums as the registers hold
     while (i < stop) {
-        const int64_t left = stop - i, tokens = left == kMost + 1 ? kMost - 1 : smaller(left, kMost);  // one is slow
+        const int64_t tokens = tokens_of(stop - i);
         switch (tokens) {
             case 1: multiply_wide<1>(p, tile, pair, i, row, last); break;
             case 2: multiply_wide<2>(p, tile, pair, i, row, last); break;
             case 3: multiply_wide<3>(p, tile, pair, i, row, last); break;
-            default: multiply_wide<kMost>(p, tile, pair, i, row, last); break;
+            default: multiply_wide<kMostTokens>(p, tile, pair, i, row, last); break;
         }
         i += tokens;
     }
@@ -281,7 +279,7 @@ void multiply_tokens(const Product& p, const Weights* tile, int64_t pair, int64_
 void multiply_tile(const Product& p, Weights* tile, int64_t pair, int64_t first, int64_t last) {
     const int64_t in = p.weight.in, stop = pair + panel_width(in, pair);
     const bool more = stop < num_pairs(in);
-    for (int64_t r = 0; r < last - first; r += kSide) {
+    for (int64_t r = 0; r < round_up(last - first, kWide); r += kSide) {
         const Group<kSide> rows(p.weight, first + r, last);
         const Group<kSide> after(p.weight, first + r + tile_rows(p.count), p.weight.out);
         unpack(rows, in, pair, more ? rows : after, more ? stop : 0, tile + r / kSide * kPairs);
@@ -295,7 +293,7 @@ void multiply_tile(const Product& p, Weights* tile, int64_t pair, int64_t first,
 
 void multiply_rows(const Product& p, int64_t first, int64_t last) {
     if (p.count <= kFew) return multiply_few(p, first, last);
-    Weights tile[kTileRows / kSide * kPairs] = {};  // rows beyond the last are multiplied as well, and dropped
+    Weights tile[kTileRows / kSide * kPairs];
     const int64_t rows = tile_rows(p.count);
     for (int64_t row = first; row < last; row += rows) {
         for (int64_t pair = 0; pair < num_pairs(p.weight.in); pair += kPairs) {

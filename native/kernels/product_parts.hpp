@@ -2,6 +2,7 @@
 #pragma once
 
 #include "product.hpp"
+#include "scratch.hpp"
 
 #ifdef __AVX2__
 #include "lanes.hpp"
@@ -88,6 +89,12 @@ inline void put(float* y, __m128 sums, int64_t rows, bool add) {
 inline __m128 quad_sums(const Floats* sums, int64_t stride, int64_t first) {
     return lane_sums(row_at(sums, stride, first), row_at(sums, stride, first + 1), row_at(sums, stride, first + 2),
                      row_at(sums, stride, first + 3));
+}
+
+// As many activation rows at a time as the registers hold sums of, of `left`; one alone is slow, so none is left over.
+constexpr int64_t kMostTokens = 2 + kSide;
+inline int64_t tokens_of(int64_t left) {
+    return left == kMostTokens + 1 ? kMostTokens - 1 : smaller(left, kMostTokens);
 }
 
 inline void prefetch_lines(const void* from, int64_t num_bytes) {
