@@ -65,6 +65,9 @@ inline Ints spread(const void* from) {
 }
 inline Ints spread(__m128i bytes) { return _mm512_broadcast_i32x4(bytes); }
 
+// sum + a times the eight numbers at x, beside each row.
+inline Floats add_product_of(Floats a, const float* x, Floats sum) { return add_product(a, spread(x), sum); }
+
 // 32 bytes of each row.
 inline Ints beside(const uint8_t* const* rows, int64_t offset) {
     const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0] + offset));
@@ -99,6 +102,12 @@ inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
 inline Ints spread(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline Ints spread(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
+
+// From memory: sixteen registers hold sums and weights, and loaded beforehand x would drive the sums out of them.
+inline Floats add_product_of(Floats a, const float* x, Floats sum) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "m"(*reinterpret_cast<const float(*)[8]>(x)));
+    return sum;
+}
 
 inline Ints beside(const uint8_t* const* rows, int64_t offset) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0] + offset));

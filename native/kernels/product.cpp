@@ -284,10 +284,15 @@ TENFOLD_APART void unpack(const Row& row, int64_t first, int64_t last, const typ
     prefetch_lines(next, (last - first) / 32 * Row::kBlockBytes);
     __m256i worst = _mm256_setzero_si256();
     float* const start = to;
-    for (int64_t k = first; k < last; k += 32, to += 32 * kSide) {
+    int64_t k = first;
+    for (; k + 32 <= last; k += 32, to += 32 * kSide) {
         __m256 w[4];
-        if (last - k < 32) decode_rest(row, k, last - k, w, worst);
-        else decode(row, row.at(k), k, w, worst);
+        decode(row, row.at(k), k, w, worst);
+        for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * kSide * i, w[i]);
+    }
+    if (k < last) {
+        __m256 w[4];
+        decode_rest(row, k, last - k, w, worst);
         for (int i = 0; i < 4; ++i) _mm256_store_ps(to + 8 * kSide * i, w[i]);
     }
     if (Row::kMayBeNan && has_nan_code(worst)) *start = __builtin_nanf("");  // NaN times anything: one is enough

@@ -78,13 +78,10 @@ template <int Tokens>
 inline void add_codes(Ints codes, const float* x, int64_t width, Floats (&sums)[Tokens], Ints& worst) {
     Floats w[4];
     decode_fp8(codes, w, worst);
-    if constexpr (kSide == 1) {
-        __asm__("" : "+r"(x));  // from memory each time: kept in registers x would drive the sums out of them
-    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4
-        for (int t = 0; t < Tokens; ++t) sums[t] = add_product(w[i], spread(x + t * width + 8 * i), sums[t]);
+        for (int t = 0; t < Tokens; ++t) sums[t] = add_product_of(w[i], x + t * width + 8 * i, sums[t]);
     }
 }
 
