@@ -5,6 +5,7 @@ TenfoldError
 │   ├── ConfigError       a config.json value is missing, unknown or impossible
 │   ├── CheckpointError   a weight file is missing, damaged or not what the config asks for
 │   ├── InputError        the text, file or message cannot be used
+│   ├── StoreError        a folder, file or id of the disk store cannot be used
 │   └── ContextTooLong    the prompt does not fit the model's or the session's context
 └── RunError              right request, could not be done                  exit code 1
     ├── BackendMissing    the backend asked for is not on this machine
@@ -21,6 +22,7 @@ __all__ = [
     "DoesNotFit",
     "InputError",
     "RunError",
+    "StoreError",
     "TenfoldError",
     "UsageError",
 ]
@@ -48,6 +50,10 @@ class CheckpointError(UsageError):
 
 class InputError(UsageError):
     """A text, file or message that cannot be used."""
+
+
+class StoreError(UsageError):
+    """A folder, file or id of the disk store that cannot be used."""
 
 
 class ContextTooLong(UsageError):

@@ -1,0 +1,448 @@
+"""The disk store: what was once read is kept, each run of tokens once, at the paper's size. Knows nothing of models.
+
+A radix tree of segments. A segment is a run of tokens with the rows it added to every growing stream; a child may
+branch off inside its parent. A restore point holds what cannot be rebuilt from rows. Several processes may share a
+folder; what cannot be stored is not stored, with one warning, and never an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from tenfold.errors import StoreError
+from tenfold.store.contents import (
+    Key,
+    Timeline,
+    Tokens,
+    encode_point,
+    encode_segment,
+    point_facts,
+    read_point,
+    read_rows,
+    read_tokens,
+)
+from tenfold.store.files import Damaged
+from tenfold.store.folder import Folder, default_folder
+from tenfold.store.index import Index, PointRow, SegmentRow
+from tenfold.store.thinning import superfluous
+from tenfold.store.walk import Link, cut, walk
+from tenfold.store.walk import Path as StoredPath
+
+__all__ = ["Link", "Loaded", "Match", "Point", "Store", "StoreDamaged", "Timeline", "cut", "default_folder"]
+
+_READERS = 2
+_log = logging.getLogger(__name__)
+
+
+class StoreDamaged(Exception):
+    """What was matched could not be read and has been dropped; match again. Never meant for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A stored restore point: after `position` tokens, within a segment; kind "end" or "auto"."""
+
+    segment: str
+    position: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest stored prefix: `matched` tokens are stored, work resumes at `position` (0: from the start).
+
+    `chain` ends at `position`. `reason` says why the match goes no further.
+    """
+
+    chain: tuple[Link, ...]
+    matched: int
+    position: int
+    point: Point | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """State by stream as it was given to `add_point`, and the float32 logits of the last position."""
+
+    fixed: Mapping[Key, Tensor]
+    logits: Tensor
+
+
+class Store:
+    """One folder of stored timelines. `limit_bytes` bounds segments and points; `warn` is told what goes wrong."""
+
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int | None = None,
+        warn: Callable[[str], None] = _log.warning,
+    ) -> None:
+        """Raises StoreError if the folder is not a store, not ours, not writable, or of a newer version."""
+        self.folder = Folder(folder)
+        self.limit_bytes = limit_bytes
+        self.warn = warn
+        self._trouble = ""
+        self._unreadable: set[str] = set()  # not damaged, but this process cannot read them: no file handles left
+        self._lock = threading.RLock()
+        if self.folder.was_open_to_others:
+            warn(f"the store {folder} was open to other users; it is yours alone again (mode 0700)")
+        self.folder.sweep()
+        self.index = self._open_index()
+        self.adopt()
+
+    def close(self) -> None:
+        self.index.close()
+
+    def _open_index(self) -> Index:
+        try:
+            return Index(self.folder.index)
+        except sqlite3.OperationalError as exc:
+            raise StoreError(
+                f"the index of the store {self.folder.path} cannot be opened: {exc}; "
+                "choose a folder on a local disk that you may write to"
+            ) from None
+        except sqlite3.DatabaseError as exc:
+            self.warn(f"the index of the store was damaged ({exc}) and is made again from its files")
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self.folder.index}{suffix}").unlink(missing_ok=True)
+            return Index(self.folder.index)
+
+    def match(self, timeline: Timeline, ids: Sequence[int] | npt.NDArray[np.integer]) -> Match:
+        """The longest stored prefix of `ids` that has a restore point; damage on the way is dropped and reported."""
+        try:
+            paths = list(walk(self.index, timeline, (), np.asarray(ids, dtype=np.int32), self._read_tokens))
+            return max((self._matched(path) for path in paths), key=lambda match: (match.position, match.matched))
+        except (OSError, sqlite3.Error) as exc:
+            self._trouble_with(f"the store cannot be read: {exc}")
+            return Match((), 0, 0, None, f"the store cannot be read: {exc}")
+
+    def _matched(self, path: StoredPath) -> Match:
+        stops = {link.key: link.stop for link in path.chain}
+        rows = self.index.points_of(stops)
+        usable = [row for row in rows if row.position <= stops[row.segment] and _name(row) not in self._unreadable]
+        if not usable:
+            return Match((), path.stop, 0, None, path.reason)
+        row = usable[-1]
+        point = Point(row.segment, row.position, row.kind)
+        return Match(cut(path.chain, row.position), path.stop, row.position, point, path.reason)
+
+    def _read_tokens(self, row: SegmentRow) -> Tokens | str:
+        if row.key in self._unreadable:
+            return f"segment {row.key[:12]} cannot be read"
+        try:
+            _, tokens = read_tokens(self.folder.segment(row.key), row.key)
+        except Damaged as exc:
+            self.drop_segment(row.key, str(exc))
+            return f"segment {row.key[:12]} is damaged: {exc}"
+        return tokens
+
+    def load(self, timeline: Timeline, match: Match, rows: Callable[[Key, int], Tensor]) -> Loaded:
+        """Reads a match. `rows(stream, count)` gives contiguous uint8 [count, row_bytes], read into directly.
+
+        Raises StoreDamaged when a file turns out to be damaged or gone: what was read is worthless, match again.
+        """
+        assert match.point is not None, "a match at position 0 has nothing to load"
+        loaded = self._load_point(timeline, match.point)
+        streams = {
+            (spec.layer, spec.name): rows((spec.layer, spec.name), spec.rows_at(match.position))
+            for spec in timeline.growing
+        }
+        self._load_rows(timeline, match.chain, streams)
+        try:
+            self.index.touch(link.key for link in match.chain)
+        except sqlite3.Error as exc:
+            self._trouble_with(f"a use cannot be noted: {exc}")
+        return loaded
+
+    def _load_point(self, timeline: Timeline, point: Point) -> Loaded:
+        path = self.folder.point(point.segment, point.position)
+        try:
+            return Loaded(*read_point(path, point.segment, point.position, timeline))
+        except Damaged as exc:
+            self.drop_point(point.segment, point.position, str(exc))
+            raise StoreDamaged(f"restore point {point.position:,}: {exc}") from exc
+        except OSError as exc:
+            self._unreadable.add(path.name)
+            raise StoreDamaged(f"restore point {point.position:,}: {exc}") from exc
+
+    def _load_rows(self, timeline: Timeline, chain: Sequence[Link], streams: Mapping[Key, Tensor]) -> None:
+        """Several segments at once: while one waits for the disk, another is hashed."""
+
+        def load(link: Link) -> None:
+            path = self.folder.segment(link.key)
+            try:
+                read_rows(path, link.key, timeline, link.stop, lambda key, first, n: streams[key][first : first + n])
+            except Damaged as exc:
+                self.drop_segment(link.key, str(exc))
+                raise StoreDamaged(f"segment {link.key[:12]}: {exc}") from exc
+            except OSError as exc:
+                self._unreadable.add(link.key)
+                raise StoreDamaged(f"segment {link.key[:12]}: {exc}") from exc
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            try:
+                for _ in pool.map(load, chain):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def append(
+        self,
+        timeline: Timeline,
+        chain: tuple[Link, ...],
+        ids: Sequence[int] | npt.NDArray[np.integer],
+        rows: Mapping[Key, Tensor],
+    ) -> tuple[Link, ...]:
+        """Stores the tokens behind `chain` with their rows; returns the longer chain.
+
+        `rows` holds, for each growing stream, the rows of [rows_at(chain's stop), rows_at(that + len(ids))). What
+        is stored already is not stored again. Where nothing can be written the chain comes back unchanged; () means
+        that what it hangs on has been evicted, and the caller stores from the start again.
+        """
+        try:
+            with self._lock:
+                return self._append(timeline, chain, np.asarray(ids, dtype=np.int32), rows)
+        except (OSError, sqlite3.Error) as exc:
+            self._trouble_with(f"storing pauses: {exc}")
+            return chain
+
+    def _append(
+        self, timeline: Timeline, chain: tuple[Link, ...], tokens: Tokens, rows: Mapping[Key, Tensor]
+    ) -> tuple[Link, ...]:
+        if chain and self.index.segment(chain[-1].key) is None:
+            return ()
+        base = chain[-1].stop if chain else 0
+        known = max(walk(self.index, timeline, chain, tokens, self._read_tokens), key=lambda path: path.stop)
+        if known.stop - base == len(tokens):
+            return known.chain
+        if known.chain and self.index.segment(known.chain[-1].key) is None:  # found damaged on the way
+            return ()
+        missing = {
+            (spec.layer, spec.name): rows[spec.layer, spec.name][spec.rows_at(known.stop) - spec.rows_at(base) :]
+            for spec in timeline.growing
+        }
+        link = self._write_segment(timeline, known.chain, tokens[known.stop - base :], missing)
+        return chain if link is None else (*known.chain, link) if link.key else ()
+
+    def _write_segment(
+        self, timeline: Timeline, chain: tuple[Link, ...], tokens: Tokens, rows: Mapping[Key, Tensor]
+    ) -> Link | None:
+        """The new segment; None without room for it, an empty link if its parent has gone meanwhile."""
+        parent, start = (chain[-1].key, chain[-1].stop) if chain else ("", 0)
+        stop = start + len(tokens)
+        key, pieces = encode_segment(timeline, parent, start, tokens, rows)
+        num_bytes = sum(len(piece) for piece in pieces)
+        if not self._make_room(num_bytes, chain):
+            return None
+        path = self.folder.segment(key)
+        self.folder.place(path, pieces)
+        row = SegmentRow(key, timeline.digest, timeline.name, parent, start, stop, int(tokens[0]), num_bytes)
+        with self.index.transaction():
+            if parent and self.index.segment(parent) is None:
+                path.unlink(missing_ok=True)
+                return Link("", 0, 0)
+            if not path.exists():  # evicted by another process, which knew an older copy
+                return None
+            self.index.add_segment(row)
+        self._trouble = ""
+        return Link(key, start, stop)
+
+    def add_point(
+        self,
+        timeline: Timeline,
+        chain: tuple[Link, ...],
+        position: int,
+        fixed: Mapping[Key, Tensor],
+        logits: Tensor,
+        kind: str,
+    ) -> None:
+        """Stores a restore point after `position` tokens of the chain, and thins out automatic ones ("auto").
+
+        `fixed` and `logits` are uint8 or float32. Where it cannot be stored, or the chain does not reach so far,
+        nothing happens but a warning for what went wrong.
+        """
+        assert kind in ("auto", "end"), kind
+        key = next((link.key for link in chain if link.start < position <= link.stop), None)
+        if key is None:
+            return
+        try:
+            with self._lock:
+                self._add_point(timeline, chain, PointRow(key, position, kind, 0), fixed, logits)
+                self._thin(chain)
+        except (OSError, sqlite3.Error) as exc:
+            self._trouble_with(f"storing pauses: {exc}")
+
+    def _add_point(
+        self, timeline: Timeline, chain: tuple[Link, ...], row: PointRow, fixed: Mapping[Key, Tensor], logits: Tensor
+    ) -> None:
+        there = next((one for one in self.index.points_of([row.segment]) if one.position == row.position), None)
+        if there is not None:
+            if there.kind == "auto" and row.kind == "end":
+                self.index.add_point(PointRow(row.segment, row.position, "end", there.bytes))
+            return
+        pieces = encode_point(timeline, row.segment, row.position, row.kind, fixed, logits)
+        num_bytes = sum(len(piece) for piece in pieces)
+        if not self._make_room(num_bytes, chain):
+            return
+        path = self.folder.point(row.segment, row.position)
+        self.folder.place(path, pieces)
+        with self.index.transaction():
+            if self.index.segment(row.segment) is None:
+                path.unlink(missing_ok=True)
+            elif path.exists():
+                self.index.add_point(PointRow(row.segment, row.position, row.kind, num_bytes))
+
+    def _thin(self, chain: tuple[Link, ...]) -> None:
+        """Removes automatic points of the chain that later ones have made superfluous."""
+        keys = {link.key for link in chain}
+        rows = {row.position: row for row in self.index.points_of(keys)}
+        forks = sorted(row.start for row in self.index.children_of(keys) if row.key not in keys)
+        auto = sorted(position for position, row in rows.items() if row.kind == "auto")
+        fixed = sorted(position for position, row in rows.items() if row.kind != "auto")
+        for position in superfluous(auto, fixed, forks):
+            self._remove_point(rows[position].segment, position)
+
+    def _make_room(self, num_bytes: int, chain: tuple[Link, ...]) -> bool:
+        """Whether `num_bytes` may be written; evicts down to the limit, but nothing of `chain`."""
+        if self.limit_bytes is not None:
+            keep = {link.key for link in chain}
+            while self.index.total_bytes() + num_bytes > self.limit_bytes:
+                leaf = self.index.leaf_to_evict(keep)
+                if leaf is None:
+                    limit = f"{self.limit_bytes:,} bytes"
+                    self._trouble_with(f"storing pauses: the limit of the store, {limit}, is smaller than this context")
+                    return False
+                self.remove(leaf.key)
+        if self.folder.room_bytes() < num_bytes:
+            self._trouble_with(f"storing pauses: the disk of the store {self.folder.path} is full")
+            return False
+        return True
+
+    def remove(self, key: str) -> None:
+        """Removes a segment with all that hangs on it, files and all."""
+        with self.index.transaction():
+            keys = self.index.subtree(key)
+            points = self.index.points_of(keys)
+            self.index.remove_segments(keys)
+            for row in points:
+                self.folder.point(row.segment, row.position).unlink(missing_ok=True)
+            for one in reversed(keys):
+                self.folder.segment(one).unlink(missing_ok=True)
+
+    def _remove_point(self, segment: str, position: int) -> None:
+        with self.index.transaction():
+            self.index.remove_point(segment, position)
+            self.folder.point(segment, position).unlink(missing_ok=True)
+
+    def drop_segment(self, key: str, problem: str) -> None:
+        """Removes a damaged segment and says so; one that another process has evicted meanwhile is no damage."""
+        try:
+            if self.index.segment(key) is not None:
+                self.warn(
+                    f"segment {key[:12]} of the store is damaged ({problem}); it is dropped and will be read again"
+                )
+                self.remove(key)
+        except (OSError, sqlite3.Error) as exc:
+            self._trouble_with(f"damage cannot be removed: {exc}")
+
+    def drop_point(self, segment: str, position: int, problem: str) -> None:
+        """Removes a damaged restore point and says so."""
+        try:
+            if any(row.position == position for row in self.index.points_of([segment])):
+                self.warn(f"restore point {position:,} of the store is damaged ({problem}); it is dropped")
+                self._remove_point(segment, position)
+        except (OSError, sqlite3.Error) as exc:
+            self._trouble_with(f"damage cannot be removed: {exc}")
+
+    def _trouble_with(self, what: str) -> None:
+        """One warning for each kind of trouble, until something has been stored again."""
+        if what != self._trouble:
+            self._trouble = what
+            self.warn(what)
+
+    def adopt(self) -> int:
+        """Takes finished files that the index does not know into it, and removes those that hang on nothing.
+
+        A cheap check: headers and tokens only. Returns how many were taken in.
+        """
+        try:
+            with self._lock:
+                return self._adopt_segments() + self._adopt_points()
+        except (OSError, sqlite3.Error) as exc:
+            self._trouble_with(f"the files of the store cannot be listed: {exc}")
+            return 0
+
+    def _adopt_segments(self) -> int:
+        known = {row.key for row in self.index.segments()}
+        strangers = []
+        for name, status in self.folder.found("segments").items():
+            if name not in known:
+                try:
+                    header, tokens = read_tokens(self.folder.segment(name), name)
+                    strangers.append((header, int(tokens[0]), name, status.st_size))
+                except Damaged as exc:
+                    self._discard(self.folder.segment(name), str(exc))
+        adopted = 0
+        for header, first_token, name, num_bytes in sorted(strangers, key=lambda found: found[0].integer("start")):
+            start, stop, parent = header.integer("start"), header.integer("stop"), header.text("parent")
+            row = SegmentRow(name, header.text("digest"), header.text("model"), parent, start, stop, first_token,
+                             num_bytes)  # fmt: skip
+            adopted += self._adopt_segment(row)
+        return adopted
+
+    def _adopt_segment(self, row: SegmentRow) -> int:
+        path = self.folder.segment(row.key)
+        with self.index.transaction():
+            parent = self.index.segment(row.parent) if row.parent else None
+            if row.parent and (parent is None or not parent.start < row.start <= parent.stop):
+                path.unlink(missing_ok=True)  # nothing leads there
+                return 0
+            if not path.exists():  # evicted by another process just now
+                return 0
+            self.index.add_segment(row)
+        return 1
+
+    def _adopt_points(self) -> int:
+        known = {_name(row) for row in self.index.points()}
+        strangers = {name: status for name, status in self.folder.found("points").items() if name not in known}
+        return sum(self._adopt_point(name, status.st_size) for name, status in strangers.items())
+
+    def _adopt_point(self, name: str, num_bytes: int) -> int:
+        key, _, text = name.partition("-")
+        path = self.folder.path / "points" / key[:2] / name
+        try:
+            position = int(text)
+            moment = point_facts(path, key, position).text("moment")
+        except (Damaged, ValueError) as exc:
+            self._discard(path, str(exc))
+            return 0
+        with self.index.transaction():
+            row = self.index.segment(key)
+            if row is None or not row.start < position <= row.stop:
+                path.unlink(missing_ok=True)
+                return 0
+            if path.exists():
+                self.index.add_point(PointRow(key, position, moment, num_bytes))
+        return 1
+
+    def _discard(self, path: Path, problem: str) -> None:
+        """Removes a file that no index row leads to and that cannot be used."""
+        self.warn(f"{path.name[:12]} in the store is damaged ({problem}); it is dropped")
+        path.unlink(missing_ok=True)
+
+
+def _name(row: PointRow) -> str:
+    """The name of a point's file."""
+    return f"{row.segment}-{row.position}"
