@@ -207,9 +207,8 @@ class TrainingModel:
             if isinstance(block.ffn.ops, _Counting):
                 block.ffn.ops.loads = batch.loads
             h = block.forward(h, batch)
-        head = network.hc_head_fn, network.hc_head_base, network.hc_head_scale
-        x = ops.hc_collapse(h, *head, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
-        return ops.rms_norm(x, network.norm, c.rms_norm_eps)
+        head = network.hc_head_fn, network.hc_head_base, network.hc_head_scale, network.norm
+        return ops.hc_collapse(h, *head, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
 
     def logits(self, ids: Tensor) -> Tensor:
         """ids [sequences, length] -> [sequences * length, vocab]."""

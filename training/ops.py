@@ -60,6 +60,7 @@ class TrainingOps:
         fn: Weight,
         base: Weight,
         scale: Weight,
+        norm: Weight,
         *,
         norm_eps: float,
         eps: float,
@@ -68,16 +69,16 @@ class TrainingOps:
         x, post, raw = self._mix(streams, fn.data, base.data, scale.data, norm_eps, eps)
         # not compiled: twenty rounds on few numbers, quick as they are and slow to compile
         combination = _sinkhorn(raw, eps, iterations).flatten(0, 1).t().reshape(-1, *raw.shape[:2])
-        return x, post, combination
+        return self.rms_norm(x, norm, norm_eps), post, combination
 
     def hc_merge(self, streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
         merged: Tensor = self._merge(streams, y, post, combination)
         return merged
 
     def hc_collapse(
-        self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float
+        self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, *, norm_eps: float, eps: float
     ) -> Tensor:
-        return reference.hc_collapse(streams.float(), fn, base, scale, norm_eps=norm_eps, eps=eps)
+        return reference.hc_collapse(streams.float(), fn, base, scale, norm, norm_eps=norm_eps, eps=eps).to(self.dtype)
 
     def route(self, x: Tensor, gate: Weight, **options: Any) -> tuple[Tensor, Tensor]:
         return reference.route(x.float(), gate, **options)

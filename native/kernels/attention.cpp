@@ -6,6 +6,7 @@
 // share a tile and which thread does what leave no trace in the result, to the last bit.
 #include "decode_row.hpp"
 #include "kernels.hpp"
+#include "row_parts.hpp"
 #include "scratch.hpp"
 
 namespace tenfold::TENFOLD_ISA {
@@ -272,8 +273,10 @@ struct Call {
     const Rows* sources;
     int64_t num_sources;
     const float* sink;
+    const float* frequencies;
     float* out;
     int64_t n;
+    int64_t position, pairs;
     float scale;
     Shape shape;
     int64_t tile, tiles, head_parts, part_heads;
@@ -382,9 +385,13 @@ struct Worker {
 
     void finish(const Query& from, int64_t row, int64_t first_head, int64_t heads) const {
         const Shape& s = call.shape;
+        float cos[most_pairs], sin[most_pairs];
+        turn(call.position + row, call.frequencies, call.pairs, -1.0F, cos, sin);
         for (int64_t h = 0; h < heads; ++h) {
             float* const to = call.out + (row * s.heads + first_head + h) * s.value_dim;
             for (int64_t i = 0; i < s.value_dim; ++i) to[i] = from.values[h * s.value_stride + i] / from.total[h];
+            float* const tail = to + s.value_dim - 2 * call.pairs;
+            rotate_row(tail, cos, sin, call.pairs, true, tail);
         }
     }
 };
@@ -427,9 +434,9 @@ void split_tasks(Call& call, int32_t threads) {
 
 }  // namespace
 
-void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, const float* sink, float* out,
-                      int64_t n, int64_t heads, int64_t width, int64_t value_dim, float scale, int32_t* refused,
-                      int32_t threads) {
+void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, const float* sink,
+                      const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
+                      int64_t position, int64_t pairs, float scale, int32_t* refused, int32_t threads) {
     *refused = -1;
     int64_t rows = 0;
     for (int64_t i = 0; i < num_sources; ++i) {
@@ -441,7 +448,7 @@ void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, 
     if (n == 0 || heads == 0) return;
     if (rows * heads * width < 1 << 17) threads = 1;  // some 5 us: not worth a fork
     const Shape shape{heads, width, value_dim, padded_stride(width), padded_stride(value_dim)};
-    Call call{q, sources, num_sources, sink, out, n, scale, shape, 0, 0, 0, 0};
+    Call call{q, sources, num_sources, sink, frequencies, out, n, position, pairs, scale, shape, 0, 0, 0, 0};
     split_tasks(call, threads);
     share_tasks(call.tiles * call.head_parts, threads, [&call](const auto& next) {
         Scratch scratch(Worker::bytes(call));

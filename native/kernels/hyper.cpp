@@ -3,6 +3,7 @@
 // Sixteen tokens make a tile: their projections share a pass over `fn`; the Sinkhorn iterations of eight run side
 // by side, a lane each. Every token is computed as if alone, so tiles and threads leave no trace in the result.
 #include "kernels.hpp"
+#include "row_parts.hpp"
 #include "scratch.hpp"
 
 #ifdef __AVX2__
@@ -172,7 +173,7 @@ void sinkhorn(Matrices& a, int64_t m, float eps, int64_t iterations) {
 // ------------------------------------------------------------------------------------------ tiles
 
 struct Call {
-    const float *streams, *fn, *base, *scale;
+    const float *streams, *fn, *base, *scale, *norm;
     float *x, *post, *combination, *mixed;  // mixed [n, outputs]: the projection, not yet normed
     int64_t n, m, d, outputs;
     float norm_eps, eps;
@@ -212,6 +213,7 @@ struct Call {
             }
             for (int64_t i = 0; i < m; ++i) mix[i] = sigmoid(mix[i]) + eps;
             weighted_streams(from, mix, x + token * d);
+            norm_row(x + token * d, norm, x + token * d, d, norm_eps);
             if (combination == nullptr) continue;
             for (int64_t i = 0; i < m; ++i) post[token * m + i] = 2.0F * sigmoid(mix[m + i]);
             for (int64_t i = 0; i < m * m; ++i) matrices.entry[i][lane] = mix[2 * m + i];
@@ -294,16 +296,16 @@ void merge_token(const float* streams, const float* y, const float* coefficients
 
 }  // namespace
 
-void hc_mix(const float* streams, const float* fn, const float* base, const float* scale, float* x, float* post,
-            float* combination, float* mixed, int64_t n, int64_t m, int64_t d, float norm_eps, float eps,
+void hc_mix(const float* streams, const float* fn, const float* base, const float* scale, const float* norm, float* x,
+            float* post, float* combination, float* mixed, int64_t n, int64_t m, int64_t d, float norm_eps, float eps,
             int64_t iterations, int32_t threads) {
-    mix({streams, fn, base, scale, x, post, combination, mixed, n, m, d, (2 + m) * m, norm_eps, eps, iterations},
+    mix({streams, fn, base, scale, norm, x, post, combination, mixed, n, m, d, (2 + m) * m, norm_eps, eps, iterations},
         threads);
 }
 
-void hc_collapse(const float* streams, const float* fn, const float* base, const float* scale, float* x, float* mixed,
-                 int64_t n, int64_t m, int64_t d, float norm_eps, float eps, int32_t threads) {
-    mix({streams, fn, base, scale, x, nullptr, nullptr, mixed, n, m, d, m, norm_eps, eps, 0}, threads);
+void hc_collapse(const float* streams, const float* fn, const float* base, const float* scale, const float* norm,
+                 float* x, float* mixed, int64_t n, int64_t m, int64_t d, float norm_eps, float eps, int32_t threads) {
+    mix({streams, fn, base, scale, norm, x, nullptr, nullptr, mixed, n, m, d, m, norm_eps, eps, 0}, threads);
 }
 
 void hc_merge(const float* streams, const float* y, const float* post, const float* combination, float* out, int64_t n,

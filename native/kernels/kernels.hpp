@@ -34,7 +34,7 @@ extern const Kernel kernels[];
 #ifdef TENFOLD_ISA
 namespace TENFOLD_ISA {
 
-// out[r, :] = weight * x[r, :] / sqrt(mean(x[r, :]^2) + eps); rows are dense, out may be x, width >= 1.
+// out[r, :] = weight * x[r, :] / sqrt(mean(x[r, :]^2) + eps); rows are dense, out may be x, weight null, width >= 1.
 void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps,
               int32_t threads);
 
@@ -51,10 +51,11 @@ void experts(const float* x, const int64_t* ids, const float* weights, const voi
              int64_t inner, int64_t slice, int32_t gate_format, int32_t down_format, float limit, int32_t threads);
 
 // out[n, heads, value_dim] = softmax(scale * q . rows and sink) over all rows of all sources; sink [heads] or null.
+// The last 2 * pairs channels of an output are turned back by its query's position, position + its number.
 // refused: the first source that lists a row it does not have, and nothing is done, or -1.
-void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, const float* sink, float* out,
-                      int64_t n, int64_t heads, int64_t width, int64_t value_dim, float scale, int32_t* refused,
-                      int32_t threads);
+void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, const float* sink,
+                      const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
+                      int64_t position, int64_t pairs, float scale, int32_t* refused, int32_t threads);
 
 // out[n, k] = of the first visible[i] keys the k rows with the largest sum over heads of weights * relu(q . key),
 // ascending, -1 at the end; of equal ones the smaller row. q [n, heads, dim], weights [n, heads].
@@ -67,13 +68,13 @@ void pack_rows(const float* x, const RowLayout* layout, uint8_t* out, int64_t ro
 void unpack_rows(const uint8_t* packed, const RowLayout* layout, float* out, int64_t rows, int32_t threads);
 
 // Hyper-connections of up to 8 streams. streams [n, m, d]; fn [outputs, m * d], base [outputs] and mixed (scratch)
-// [n, outputs] with outputs = (2 + m) * m for mix, m for collapse; scale [3] and [1]; x [n, d]; post [n, m];
-// combination [n, m, m]; y [n, d]. Sums run over the combination's first index.
-void hc_mix(const float* streams, const float* fn, const float* base, const float* scale, float* x, float* post,
-            float* combination, float* mixed, int64_t n, int64_t m, int64_t d, float norm_eps, float eps,
+// [n, outputs] with outputs = (2 + m) * m for mix, m for collapse; scale [3] and [1]; x [n, d], normed with `norm`;
+// post [n, m]; combination [n, m, m]; y [n, d]. Sums run over the combination's first index.
+void hc_mix(const float* streams, const float* fn, const float* base, const float* scale, const float* norm, float* x,
+            float* post, float* combination, float* mixed, int64_t n, int64_t m, int64_t d, float norm_eps, float eps,
             int64_t iterations, int32_t threads);
-void hc_collapse(const float* streams, const float* fn, const float* base, const float* scale, float* x, float* mixed,
-                 int64_t n, int64_t m, int64_t d, float norm_eps, float eps, int32_t threads);
+void hc_collapse(const float* streams, const float* fn, const float* base, const float* scale, const float* norm,
+                 float* x, float* mixed, int64_t n, int64_t m, int64_t d, float norm_eps, float eps, int32_t threads);
 void hc_merge(const float* streams, const float* y, const float* post, const float* combination, float* out, int64_t n,
               int64_t m, int64_t d, int32_t threads);
 
@@ -81,6 +82,13 @@ void hc_merge(const float* streams, const float* y, const float* post, const flo
 void rope(const float* x, const int64_t* positions, const float* frequencies, float* out, int64_t n, int64_t rows,
           int64_t pairs, int64_t token_stride, int64_t row_stride, int32_t inverse, int32_t interleaved,
           int32_t threads);
+
+// Rows [n, rows, width] through the steps asked for, in this order; the last 2 * pairs channels turn. To dense out:
+// numbers, or packed rows with turn_pack; turn_round gives the numbers that packed rows would hold.
+constexpr int32_t turn_norm = 1, turn_spread = 2, turn_pack = 4, turn_round = 8;
+void turn_rows(const float* x, const float* weight, const int64_t* positions, const float* frequencies,
+               const RowLayout* layout, void* out, int64_t n, int64_t rows, int64_t width, int64_t pairs, float eps,
+               int32_t steps, int32_t threads);
 
 // out[row] = x[row] times the orthonormal Sylvester-Hadamard matrix; width is a power of two.
 void hadamard(const float* x, float* out, int64_t rows, int64_t width, int32_t threads);

@@ -1,5 +1,6 @@
 #include "../threads.hpp"
 #include "kernels.hpp"
+#include "row_parts.hpp"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -35,9 +36,9 @@ void scale_row(const float* x, const float* weight, float* out, int64_t width, f
     int64_t i = 0;
     for (; i + 8 <= width; i += 8) {
         const __m256 normed = _mm256_mul_ps(_mm256_loadu_ps(x + i), scales);
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(normed, _mm256_loadu_ps(weight + i)));
+        _mm256_storeu_ps(out + i, weight == nullptr ? normed : _mm256_mul_ps(normed, _mm256_loadu_ps(weight + i)));
     }
-    for (; i < width; ++i) out[i] = x[i] * scale * weight[i];
+    for (; i < width; ++i) out[i] = x[i] * scale * (weight == nullptr ? 1.0F : weight[i]);
 }
 
 #else
@@ -50,21 +51,22 @@ float sum_of_squares(const float* x, int64_t width) {
 }
 
 void scale_row(const float* x, const float* weight, float* out, int64_t width, float scale) {
-    for (int64_t i = 0; i < width; ++i) out[i] = x[i] * scale * weight[i];
+    for (int64_t i = 0; i < width; ++i) out[i] = x[i] * scale * (weight == nullptr ? 1.0F : weight[i]);
 }
 
 #endif
 
 }  // namespace
 
+void norm_row(const float* x, const float* weight, float* out, int64_t width, float eps) {
+    const float mean = sum_of_squares(x, width) / static_cast<float>(width);
+    scale_row(x, weight, out, width, 1.0F / __builtin_sqrtf(mean + eps));
+}
+
 void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps,
               int32_t threads) {
     split_rows(rows, rows * width, threads, [=](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-            const float* from = x + row * width;
-            const float mean = sum_of_squares(from, width) / static_cast<float>(width);
-            scale_row(from, weight, out + row * width, width, 1.0F / __builtin_sqrtf(mean + eps));
-        }
+        for (int64_t row = first; row < last; ++row) norm_row(x + row * width, weight, out + row * width, width, eps);
     });
 }
 

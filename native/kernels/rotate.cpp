@@ -1,6 +1,7 @@
 // Rotations of channels: RoPE and the Hadamard transform.
 #include "../threads.hpp"
 #include "kernels.hpp"
+#include "row_parts.hpp"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -8,39 +9,6 @@
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
-
-constexpr int64_t most_pairs = 256;
-
-// cos and sin of a token's angles, each angle rounded to float32 before anything else, as the reference does.
-void turn(int64_t position, const float* frequencies, int64_t pairs, float sign, float* cos, float* sin) {
-    const float p = static_cast<float>(position);
-    for (int64_t i = 0; i < pairs; ++i) {
-        const float angle = p * frequencies[i];
-        cos[i] = __builtin_cosf(angle);
-        sin[i] = sign * __builtin_sinf(angle);
-    }
-}
-
-// Pairs lie `step` apart and start `next` apart: (2i, 2i + 1), or (i, i + pairs).
-void rotate_row(const float* x, const float* cos, const float* sin, int64_t pairs, bool interleaved, float* out) {
-    const int64_t next = interleaved ? 2 : 1, step = interleaved ? 1 : pairs;
-    int64_t i = 0;
-#ifdef __AVX2__
-    for (; interleaved && i + 4 <= pairs; i += 4) {
-        const __m256 v = _mm256_loadu_ps(x + 2 * i);
-        const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
-        const __m256 c = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(cos + i)), twice);
-        const __m256 s = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(sin + i)), twice);
-        const __m256 crossed = _mm256_mul_ps(_mm256_permute_ps(v, 0xb1), s);
-        _mm256_storeu_ps(out + 2 * i, _mm256_addsub_ps(_mm256_mul_ps(v, c), crossed));
-    }
-#endif
-    for (; i < pairs; ++i) {
-        const float a = x[i * next], b = x[i * next + step];
-        out[i * next] = a * cos[i] - b * sin[i];
-        out[i * next + step] = a * sin[i] + b * cos[i];
-    }
-}
 
 #ifdef __AVX2__
 
@@ -65,8 +33,41 @@ int64_t transform_eights(float*, int64_t) { return 1; }
 
 #endif
 
-// One row in place, by sums and differences of elements ever further apart.
-void transform(float* x, int64_t width, float factor) {
+}  // namespace
+
+void turn(int64_t position, const float* frequencies, int64_t pairs, float sign, float* cos, float* sin) {
+    const float p = static_cast<float>(position);
+    for (int64_t i = 0; i < pairs; ++i) {
+        const float angle = p * frequencies[i];
+        cos[i] = __builtin_cosf(angle);
+        sin[i] = sign * __builtin_sinf(angle);
+    }
+}
+
+void rotate_row(const float* x, const float* cos, const float* sin, int64_t pairs, bool interleaved, float* out) {
+    // Pairs lie `step` apart and start `next` apart.
+    const int64_t next = interleaved ? 2 : 1, step = interleaved ? 1 : pairs;
+    int64_t i = 0;
+#ifdef __AVX2__
+    for (; interleaved && i + 4 <= pairs; i += 4) {
+        const __m256 v = _mm256_loadu_ps(x + 2 * i);
+        const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+        const __m256 c = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(cos + i)), twice);
+        const __m256 s = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(sin + i)), twice);
+        const __m256 crossed = _mm256_mul_ps(_mm256_permute_ps(v, 0xb1), s);
+        _mm256_storeu_ps(out + 2 * i, _mm256_addsub_ps(_mm256_mul_ps(v, c), crossed));
+    }
+#endif
+    for (; i < pairs; ++i) {
+        const float a = x[i * next], b = x[i * next + step];
+        out[i * next] = a * cos[i] - b * sin[i];
+        out[i * next + step] = a * sin[i] + b * cos[i];
+    }
+}
+
+// By sums and differences of elements ever further apart.
+void spread_row(float* x, int64_t width) {
+    const float factor = 1.0F / __builtin_sqrtf(static_cast<float>(width));
     for (int64_t half = transform_eights(x, width); half < width; half *= 2) {
         for (int64_t first = 0; first < width; first += 2 * half) {
             float* const low = x + first;
@@ -80,8 +81,6 @@ void transform(float* x, int64_t width, float factor) {
     }
     for (int64_t i = 0; i < width; ++i) x[i] *= factor;
 }
-
-}  // namespace
 
 void rope(const float* x, const int64_t* positions, const float* frequencies, float* out, int64_t n, int64_t rows,
           int64_t pairs, int64_t token_stride, int64_t row_stride, int32_t inverse, int32_t interleaved,
@@ -99,11 +98,10 @@ void rope(const float* x, const int64_t* positions, const float* frequencies, fl
 }
 
 void hadamard(const float* x, float* out, int64_t rows, int64_t width, int32_t threads) {
-    const float factor = 1.0F / __builtin_sqrtf(static_cast<float>(width));
     split_rows(rows, rows * width, threads, [=](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             __builtin_memcpy(out + row * width, x + row * width, static_cast<uint64_t>(width) * 4);
-            transform(out + row * width, width, factor);
+            spread_row(out + row * width, width);
         }
     });
 }

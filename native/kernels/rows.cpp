@@ -1,6 +1,7 @@
 // Rows to and from the packed form of a session's memory, bit for bit as the reference does it.
 #include "decode_row.hpp"
 #include "kernels.hpp"
+#include "row_parts.hpp"
 #include "scratch.hpp"
 
 namespace tenfold::TENFOLD_ISA {
@@ -171,7 +172,13 @@ void encode_block(const float* x, int64_t count, float factor, int64_t code_bits
     }
 }
 
-void pack_row(const float* x, const RowLayout& layout, uint8_t* out) {
+}  // namespace
+
+void encode_row(const float* x, const RowLayout& layout, uint8_t* out) {
+    if (layout.code_bits == 32) {
+        __builtin_memcpy(out, x, static_cast<uint64_t>(layout.coded) * 4);
+        return;
+    }
     const Range range = range_of(layout.code_bits);
     int64_t end = layout.scale_offset;
     for (int64_t first = 0; first < layout.coded; first += layout.block) {
@@ -195,13 +202,11 @@ void pack_row(const float* x, const RowLayout& layout, uint8_t* out) {
     __builtin_memset(out + used, 0, static_cast<uint64_t>(layout.row_bytes - used));
 }
 
-}  // namespace
-
 void pack_rows(const float* x, const RowLayout* layout, uint8_t* out, int64_t rows, int32_t threads) {
     const RowLayout& form = *layout;
     const int64_t width = form.coded + form.plain;
     split_rows(rows, rows * width, threads, [=, &form](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) pack_row(x + row * width, form, out + row * form.row_bytes);
+        for (int64_t row = first; row < last; ++row) encode_row(x + row * width, form, out + row * form.row_bytes);
     });
 }
 

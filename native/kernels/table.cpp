@@ -13,6 +13,7 @@ extern const Kernel kernels[] = {
     {"hc_mix", reinterpret_cast<void (*)()>(hc_mix)},
     {"hc_collapse", reinterpret_cast<void (*)()>(hc_collapse)},
     {"hc_merge", reinterpret_cast<void (*)()>(hc_merge)},
+    {"turn_rows", reinterpret_cast<void (*)()>(turn_rows)},
     {"rope", reinterpret_cast<void (*)()>(rope)},
     {"hadamard", reinterpret_cast<void (*)()>(hadamard)},
     {"compress", reinterpret_cast<void (*)()>(compress)},

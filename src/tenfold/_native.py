@@ -40,7 +40,7 @@ __all__ = [
 
 ISA_VARIABLE = "TENFOLD_ISA"
 LIBRARY_VARIABLE = "TENFOLD_LIBRARY"
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _BUILD_HINT = "build it with `make env` in a clone, or `pip install -e .`"
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -48,12 +48,13 @@ _KERNELS = {
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _INT32),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT32, _INT32),
     "experts": (*[_POINTER] * 7, *[_INT64] * 6, _INT32, _INT32, _FLOAT, _INT32),
-    "sparse_attention": (*[_POINTER, _POINTER, _INT64, _POINTER, _POINTER], *[_INT64] * 4, _FLOAT, _POINTER, _INT32),
+    "sparse_attention": (_POINTER, _POINTER, _INT64, *[_POINTER] * 3, *[_INT64] * 6, _FLOAT, _POINTER, _INT32),
     "select_rows": (*[_POINTER] * 6, *[_INT64] * 4, _INT32),
     "pack_rows": (*[_POINTER] * 3, _INT64, _INT32),
     "unpack_rows": (*[_POINTER] * 3, _INT64, _INT32),
-    "hc_mix": (*[_POINTER] * 8, *[_INT64] * 3, _FLOAT, _FLOAT, _INT64, _INT32),
-    "hc_collapse": (*[_POINTER] * 6, *[_INT64] * 3, _FLOAT, _FLOAT, _INT32),
+    "hc_mix": (*[_POINTER] * 9, *[_INT64] * 3, _FLOAT, _FLOAT, _INT64, _INT32),
+    "hc_collapse": (*[_POINTER] * 7, *[_INT64] * 3, _FLOAT, _FLOAT, _INT32),
+    "turn_rows": (*[_POINTER] * 6, *[_INT64] * 4, _FLOAT, _INT32, _INT32),
     "rope": (*[_POINTER] * 4, *[_INT64] * 5, *[_INT32] * 3),
     "hadamard": (_POINTER, _POINTER, _INT64, _INT64, _INT32),
     "compress": (*[_POINTER] * 3, *[_INT64] * 5, *[_INT32] * 2),

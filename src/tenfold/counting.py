@@ -83,20 +83,30 @@ class CountingOps:
         self._read(weight, bias)
         return self._ops.layer_norm(x, weight, bias, eps)
 
-    def hc_mix(self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, **kw: Any) -> Any:
+    def norm_rope(self, x: Tensor, weight: Weight | None, eps: float, positions: Tensor, frequencies: Tensor) -> Tensor:
+        self._read(weight)
+        return self._ops.norm_rope(x, weight, eps, positions, frequencies)
+
+    def norm_rope_pack(self, x: Tensor, weight: Weight, *arguments: Any, **kw: Any) -> Tensor:
+        self._read(weight)
+        return self._ops.norm_rope_pack(x, weight, *arguments, **kw)
+
+    def hc_mix(self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, **kw: Any) -> Any:
         n, m, d = streams.shape
+        self._read(norm)
         self._read(fn, base, scale, multiply_adds=n * (fn.shape[0] * fn.shape[1] + m * d))
-        return self._ops.hc_mix(streams, fn, base, scale, **kw)
+        return self._ops.hc_mix(streams, fn, base, scale, norm, **kw)
 
     def hc_merge(self, streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
         n, m, d = streams.shape
         self._add("mhc", "f32", n * d * (m + m * m))
         return self._ops.hc_merge(streams, y, post, combination)
 
-    def hc_collapse(self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, **kw: Any) -> Tensor:
+    def hc_collapse(self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, **kw: Any) -> Tensor:
         n, m, d = streams.shape
+        self._read(norm)
         self._read(fn, base, scale, multiply_adds=n * (fn.shape[0] * fn.shape[1] + m * d))
-        return self._ops.hc_collapse(streams, fn, base, scale, **kw)
+        return self._ops.hc_collapse(streams, fn, base, scale, norm, **kw)
 
     def select_rows(
         self, q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, topk: int
@@ -107,14 +117,21 @@ class CountingOps:
         return self._ops.select_rows(q, weights, keys, layout, visible, topk)
 
     def sparse_attention(
-        self, q: Tensor, sources: Sequence[Rows], sink: Weight | None, scale: float, value_dim: int, position: int
+        self,
+        q: Tensor,
+        sources: Sequence[Rows],
+        sink: Weight | None,
+        scale: float,
+        value_dim: int,
+        position: int,
+        frequencies: Tensor | None = None,
     ) -> Tensor:
         self._read(sink)
         for source in sources:
             entries, rows = _seen_rows(source)
             multiply_adds = entries * q.shape[1] * (q.shape[2] + value_dim)
             self._add("attn_core", "bf16", multiply_adds, 0, rows * source.layout.row_bytes)
-        return self._ops.sparse_attention(q, sources, sink, scale, value_dim, position)
+        return self._ops.sparse_attention(q, sources, sink, scale, value_dim, position, frequencies)
 
     def route(self, x: Tensor, gate: Weight, **kw: Any) -> tuple[Tensor, Tensor]:
         self._read(gate, kw.get("bias"), multiply_adds=x.shape[0] * gate.shape[0] * gate.shape[1])

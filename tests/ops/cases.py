@@ -54,6 +54,15 @@ def each(operation: Callable[..., Any], *parts: Tensor, **words: Any) -> Call:
     return call
 
 
+def turned(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation that takes positions behind a weight, as one that takes them behind x."""
+
+    def call(x: Tensor, positions: Tensor, **words: Any) -> Tensor:
+        return operation(x, positions=positions, **words)
+
+    return call
+
+
 def linear_cases(ops: Ops, T: int) -> Cases:
     x, heads, positions = randn(T, 96), randn(T, 5, 48, seed=1), randint(0, 1 << 20, (T,))
     frequencies = rope_frequencies(RopeSpec(10000.0, 48))
@@ -67,6 +76,9 @@ def linear_cases(ops: Ops, T: int) -> Cases:
     yield "layer_norm", each(ops.layer_norm, x, weight=v, bias=v, eps=1e-6)
     yield "rope", each(ops.rope, heads, positions, frequencies=frequencies)
     yield "rope-halves", each(ops.rope, heads, positions, frequencies=frequencies, interleaved=False)
+    for weight in (f32(randn(48)), None):
+        words = {"weight": weight, "eps": 1e-6, "frequencies": frequencies[:9]}
+        yield f"norm_rope-{weight is None}", each(turned(ops.norm_rope), heads, positions, **words)
     yield "hadamard", each(ops.hadamard, heads[..., :32])
     yield "feed_forward", each(ops.feed_forward, x, w1=w, w2=deep, w3=f32(-w.data), limit=10.0)
 
@@ -75,8 +87,9 @@ def hyper_cases(ops: Ops, T: int) -> Cases:
     for m, d in ((4, 24), (4, 100), (2, 48)):
         streams, norms = randn(T, m, d), {"norm_eps": 1e-6, "eps": 1e-6}
         fn, base, scale = randn((2 + m) * m, m * d) * 0.2, randn((2 + m) * m), randn(3)
-        head = {"fn": f32(fn[:m]), "base": f32(base[:m]), "scale": f32(scale[:1])} | norms
-        mapping = {"fn": f32(fn), "base": f32(base), "scale": f32(scale)} | norms | {"iterations": 20}
+        norm = f32(randn(d) + 1)
+        head = {"fn": f32(fn[:m]), "base": f32(base[:m]), "scale": f32(scale[:1]), "norm": norm} | norms
+        mapping = {"fn": f32(fn), "base": f32(base), "scale": f32(scale), "norm": norm} | norms | {"iterations": 20}
         mix = each(ops.hc_mix, streams, **mapping)
         yield f"hc_mix-{m}-{d}", mix
         yield f"hc_merge-{m}-{d}", each(ops.hc_merge, streams, *mix(slice(0, T)))
@@ -92,9 +105,15 @@ def row_cases(ops: Ops, T: int) -> Cases:
         pair = randn(T, ratio, dim), randn(T, ratio, dim, seed=1)
         yield f"compress-{ratio}-{dim}", each(ops.compress, *pair, overlap=False)
     for layout in (kv_row_v4(512, 64), kv_row_v4(40, 8), kv_row_v32(96, 16), index_key_fp8(128), *FP4_KEYS):
-        rows = randn(T, layout.width)
+        rows, positions = randn(T, layout.width), randint(0, 1 << 20, (T,))
         packed = reference.pack_rows(rows, layout)
         yield f"pack_rows-{layout.name}-{layout.width}", each(ops.pack_rows, rows, layout=layout)
+        words = {"frequencies": rope_frequencies(RopeSpec(160000.0, 8)), "layout": layout}
+        for spread in (False, True)[: 1 + (layout.width & (layout.width - 1) == 0)]:
+            name = f"{layout.name}-{layout.width}-{spread}"
+            packing = {"weight": f32(randn(layout.width)), "eps": 1e-6, "spread": spread} | words
+            yield f"norm_rope_pack-{name}", each(turned(ops.norm_rope_pack), rows, positions, **packing)
+            yield f"rope_round-{name}", each(ops.rope_round, rows, positions, spread=spread, **words)
         yield f"unpack_rows-{layout.name}-{layout.width}", each(ops.unpack_rows, packed, layout=layout)
 
 

@@ -391,9 +391,9 @@ def test_rows_of_any_leading_axes() -> None:
 # ---------------------------------------------------------------------------------------------- hyper-connections
 
 
-def hyper(n: int, m: int, d: int, outputs: int, scales: int) -> tuple[Tensor, Weight, Weight, Weight]:
+def hyper(n: int, m: int, d: int, outputs: int, scales: int) -> tuple[Tensor, Weight, Weight, Weight, Weight]:
     fn = weight(random(outputs, m * d) / (m * d) ** 0.5)
-    return random(n, m, d) * 3, fn, weight(random(outputs)), weight(random(scales) + 1)
+    return random(n, m, d) * 3, fn, weight(random(outputs)), weight(random(scales) + 1), weight(random(d) + 1)
 
 
 @pytest.mark.parametrize(("m", "d"), [(1, 5), (2, 64), (4, 33), (4, 256), (8, 40)])
@@ -430,9 +430,9 @@ def test_hyper_connections_refuse_what_does_not_fit() -> None:
     arguments = hyper(2, 9, 8, 99, 3)
     with pytest.raises(ValueError, match="expected 1 to 8 streams"):
         cpu_attention.hc_mix(*arguments, norm_eps=1e-6, eps=1e-6, iterations=2)
-    streams, fn, base, scale = hyper(2, 4, 8, 23, 3)
+    streams, *weights = hyper(2, 4, 8, 23, 3)
     with pytest.raises(ValueError, match=r"fn: expected shape \(24, 32\), got \(23, 32\)"):
-        cpu_attention.hc_mix(streams, fn, base, scale, norm_eps=1e-6, eps=1e-6, iterations=2)
+        cpu_attention.hc_mix(streams, *weights, norm_eps=1e-6, eps=1e-6, iterations=2)
 
 
 # ---------------------------------------------------------------------------------------------- channels
@@ -449,6 +449,54 @@ def test_rope_agrees_with_the_reference(shape: tuple[int, ...], inverse: bool, i
     for x in (whole[..., 3:], whole[..., 3:].contiguous()):
         mine = cpu_attention.rope(x, positions, frequencies, **kw)
         close(mine, reference.rope(x, positions, frequencies, **kw))
+
+
+@pytest.mark.parametrize("layout", [V4_TINY, index_key_fp4(128), exact_layout(V4_TINY)], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 5, 130])
+def test_steps_in_one_pass_give_the_bits_of_steps_one_by_one(layout: RowLayout, n: int, threads: int) -> None:
+    x, heads, scale = random(n, 128), random(n, 5, 128), weight(random(128))
+    positions, frequencies = torch.arange(n) * 7 + 1_000_000, 160000.0 ** -torch.linspace(0, 1, 32)
+
+    def turned(x: Tensor) -> Tensor:
+        return torch.cat([x[..., :64], cpu_attention.rope(x[..., 64:], positions, frequencies)], -1)
+
+    for given in (scale, None):
+        law = turned(cpu_attention.rms_norm(heads, given, 1e-6))
+        assert torch.equal(cpu_attention.norm_rope(heads, given, 1e-6, positions, frequencies), law)
+    close(law, reference.norm_rope(heads, None, 1e-6, positions, frequencies))
+    for spread in (False, True):
+        law = turned(cpu_attention.rms_norm(x, scale, 1e-6))
+        law = cpu_attention.pack_rows(cpu_attention.hadamard(law) if spread else law, layout)
+        found = cpu_attention.norm_rope_pack(x, scale, 1e-6, positions, frequencies, layout, spread)
+        assert torch.equal(found, law)
+    law = cpu_attention.unpack_rows(cpu_attention.pack_rows(cpu_attention.hadamard(turned(heads)), layout), layout)
+    assert torch.equal(cpu_attention.rope_round(heads, positions, frequencies, layout, True), law)
+    assert torch.equal(cpu_attention.rope_round(heads, positions, frequencies, layout, False), turned(heads))
+
+
+def test_rows_that_cannot_be_turned_are_refused() -> None:
+    x, positions, frequencies = random(3, 40), torch.arange(3), torch.ones(4)
+    with pytest.raises(ValueError, match="expected a power of two of channels, got 40"):
+        cpu_attention.rope_round(x, positions, frequencies, ODD, True)
+    with pytest.raises(ValueError, match="rows of odd have 43 channels, got 40"):
+        cpu_attention.rope_round(x, positions, frequencies, ODD, False)
+    with pytest.raises(ValueError, match="expected at least 42 and more than 0 channels, got 40"):
+        cpu_attention.norm_rope(x, None, 1e-6, positions, torch.ones(21))
+    with pytest.raises(ValueError, match=r"positions: expected shape \(3,\), got \(2,\)"):
+        cpu_attention.norm_rope(x, None, 1e-6, positions[:2], frequencies)
+
+
+def test_attention_turns_its_output_back(threads: int) -> None:
+    q, rows, frequencies = random(7, 5, 128), packed(60, V4_TINY), 10000.0 ** -torch.linspace(0, 1, 32)
+    sources = [window(rows, V4_TINY, 7, 30)]
+    plain = cpu_attention.sparse_attention(q, sources, None, 0.1, 100, 900_000)
+    turned = cpu_attention.sparse_attention(q, sources, None, 0.1, 100, 900_000, frequencies)
+    positions = torch.arange(900_000, 900_007)
+    law = [plain[..., :36], cpu_attention.rope(plain[..., 36:], positions, frequencies, inverse=True)]
+    assert torch.equal(turned, torch.cat(law, -1))
+    close(turned, reference.sparse_attention(q, sources, None, 0.1, 100, 900_000, frequencies))
+    with pytest.raises(ValueError, match="value_dim: expected 64 to 128, got 63"):
+        cpu_attention.sparse_attention(q, sources, None, 0.1, 63, 0, frequencies)
 
 
 @pytest.mark.parametrize("width", [1, 2, 64, 128])

@@ -20,6 +20,7 @@ from tenfold.quantise import quantize
 
 T = 1000
 SIZES = (0, 1, 3, 31, 33, 127, 129, 1000)
+TIES = {"route": 1, "select_rows": 1, "norm_rope_pack": 20, "rope_round": 20}
 NOT_OF_ROWS = {"dequantize", "prepare"}
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -99,13 +100,16 @@ def test_every_number_of_rows_is_computed_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAWS)
 def test_every_operation_agrees_with_the_reference(name: str) -> None:
-    """Within 1e-5 of the largest number; of chosen rows and experts, of which a tie may swap two, all but 1 in 500."""
+    """Within 1e-5 of the largest number; of chosen rows and experts, of which a tie may swap two, all but 1 in 500.
+
+    Where numbers are rounded to codes, one that lies between two may go either way: in 1 row of 25.
+    """
     for found, law in zip(KERNELS[name](slice(0, T)), LAWS[name](slice(0, T)), strict=True):
         assert found.dtype == law.dtype
         assert found.shape == law.shape
         allowed = 1e-5 * float(law.abs().max()) if law.is_floating_point() else 0
         apart = ((found - law).abs() > allowed).flatten(1).any(1)
-        assert apart.sum() <= (T // 500 if name.startswith(("route", "select_rows")) else 0)
+        assert apart.sum() <= T // 500 * TIES.get(name.split("-")[0], 0)
 
 
 def shifted(tensor: Tensor) -> Tensor:

@@ -228,14 +228,16 @@ def test_hyper_connection_of_the_specification() -> None:
     """m_k, scale and base of spec 9.3, brought in through fn with a single stream of ones."""
     mixed = (torch.arange(24) - 12) / 8.0
     streams = torch.ones(1, 4, 8)
-    fn = (mixed[:, None] / 32).expand(24, 32).contiguous()
+    # An epsilon of 3 halves the projection, and lets the sum of the weights be seen through the norm.
+    fn = (mixed[:, None] / 16).expand(24, 32).contiguous()
     scale = Weight("s", (3,), F32, torch.tensor([0.5, 0.7, 0.9]))
     base = Weight("b", (24,), F32, torch.sin(0.37 * torch.arange(24)))
+    ones = Weight("n", (8,), F32, torch.ones(8))
     x, post, combination = reference.hc_mix(
-        streams, Weight("f", (24, 32), F32, fn), base, scale, norm_eps=0.0, eps=1e-6, iterations=20
+        streams, Weight("f", (24, 32), F32, fn), base, scale, ones, norm_eps=3.0, eps=1e-6, iterations=20
     )
-    pre = [0.32082230, 0.41924334, 0.51232052, 0.58253849]
-    assert float(x[0, 0]) == pytest.approx(sum(pre), abs=1e-6)
+    pre = sum([0.32082230, 0.41924334, 0.51232052, 0.58253849])
+    assert float(x[0, 0]) == pytest.approx(pre / (pre**2 + 3) ** 0.5, abs=1e-6)
     close(post[0], torch.tensor([1.14687049, 1.17264104, 1.13495445, 1.04324520]), 1e-6)
     expected = [
         [0.38814801, 0.28026959, 0.19445036, 0.13713112],
@@ -494,7 +496,7 @@ def rowwise_cases() -> dict[str, tuple[int, Callable[[slice], Tensor]]]:
         "hadamard": (n, lambda s: reference.hadamard(heads[s])),
         "hc_mix": (
             n,
-            lambda s: reference.hc_mix(streams[s], fn, base, scale, norm_eps=1e-6, eps=1e-6, iterations=20)[2],
+            lambda s: reference.hc_mix(streams[s], fn, base, scale, norm, norm_eps=1e-6, eps=1e-6, iterations=20)[2],
         ),
         "hc_merge": (n, lambda s: reference.hc_merge(streams[s], x[s], x[s, :4], x[s, :16].reshape(-1, 4, 4))),
         "experts": (n, lambda s: reference.experts(x[s], ids[s], weights[s], bank, limit=10.0, weigh_first=True)),

@@ -15,7 +15,7 @@ from tenfold.formats import RowLayout, exact_layout
 from tenfold.ops import Experts, Ops, Weight
 from tenfold.step import Step
 
-__all__ = ["Binder", "Layer", "rope_frequencies", "rotate_tail", "through_layers"]
+__all__ = ["Binder", "Layer", "rope_frequencies", "through_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,3 @@ def _correction_channel(spec: RopeSpec, rotations: float) -> float:
     """The channel pair that turns `rotations` times over the original context."""
     turns = spec.original_max_position_embeddings / (rotations * 2 * math.pi)
     return spec.dim * math.log(turns) / (2 * math.log(spec.theta))
-
-
-def rotate_tail(ops: Ops, x: Tensor, positions: Tensor, frequencies: Tensor, *, inverse: bool = False) -> Tensor:
-    """Rotates the last channels of x [n, ..., width], in place; the rest stays."""
-    tail = x[..., x.shape[-1] - 2 * frequencies.shape[0] :]
-    tail.copy_(ops.rope(tail, positions, frequencies, inverse=inverse))
-    return x

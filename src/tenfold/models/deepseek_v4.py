@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
-from tenfold.models.blocks import Binder, rope_frequencies, rotate_tail, through_layers
-from tenfold.ops import Rows
+from tenfold.models.blocks import Binder, rope_frequencies, through_layers
+from tenfold.ops import Rows, Weight
 from tenfold.step import Span, Step
 from tenfold.streams import Streams
 
@@ -42,10 +42,11 @@ class DeepseekV4:
             self.hc_head_fn,
             self.hc_head_base,
             self.hc_head_scale,
+            self.norm,
             norm_eps=c.rms_norm_eps,
             eps=c.hc_eps,
         )
-        return ops.linear(ops.rms_norm(x, self.norm, c.rms_norm_eps), self.head)
+        return ops.linear(x, self.head)
 
 
 class Block:
@@ -60,14 +61,13 @@ class Block:
         self.ffn_norm = bind(prefix + "ffn_norm.weight")
         self.attn = Attention(config, layer, bind, prefix + "attn.")
         self.ffn = MoE(config, layer, bind, prefix + "ffn.")
-        self.eps = config.rms_norm_eps
 
     def forward(self, h: Tensor, step: Step) -> Tensor:
-        x, post, combination = self.hc_attn.mix(h)
-        y = self.attn.forward(self.ops.rms_norm(x, self.attn_norm, self.eps), step)
+        x, post, combination = self.hc_attn.mix(h, self.attn_norm)
+        y = self.attn.forward(x, step)
         h = self.ops.hc_merge(h, y, post, combination)
-        x, post, combination = self.hc_ffn.mix(h)
-        y = self.ffn.forward(self.ops.rms_norm(x, self.ffn_norm, self.eps), step)
+        x, post, combination = self.hc_ffn.mix(h, self.ffn_norm)
+        y = self.ffn.forward(x, step)
         return self.ops.hc_merge(h, y, post, combination)
 
 
@@ -78,13 +78,15 @@ class HyperConnection:
         self.config, self.ops = config, bind.ops
         self.fn, self.base, self.scale = bind(prefix + "_fn"), bind(prefix + "_base"), bind(prefix + "_scale")
 
-    def mix(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def mix(self, h: Tensor, norm: Weight) -> tuple[Tensor, Tensor, Tensor]:
+        """The sub-layer's input, normed, and what `hc_merge` needs afterwards."""
         c = self.config
         return self.ops.hc_mix(
             h,
             self.fn,
             self.base,
             self.scale,
+            norm,
             norm_eps=c.rms_norm_eps,
             eps=c.hc_eps,
             iterations=c.hc_sinkhorn_iters,
@@ -115,15 +117,21 @@ class Attention:
         n = x.shape[0]
         q_latent = ops.rms_norm(ops.linear(x, self.wq_a), self.q_norm, c.rms_norm_eps)
         q = ops.linear(q_latent, self.wq_b).view(n, c.num_attention_heads, c.head_dim)
-        q = rotate_tail(ops, ops.rms_norm(q, None, c.rms_norm_eps), step.positions, self.frequencies)
-        kv = ops.rms_norm(ops.linear(x, self.wkv), self.kv_norm, c.rms_norm_eps)
-        rows = ops.pack_rows(rotate_tail(ops, kv, step.positions, self.frequencies), self.layout)
+        q = ops.norm_rope(q, None, c.rms_norm_eps, step.positions, self.frequencies)
+        rows = ops.norm_rope_pack(
+            ops.linear(x, self.wkv),
+            self.kv_norm,
+            c.rms_norm_eps,
+            step.positions,
+            self.frequencies,
+            self.layout,
+            spread=False,
+        )
         if self.compressor is not None:
             self.compressor.append(x, step)
         chosen = [None] * len(step.spans) if self.indexer is None else self.indexer.select(x, q_latent, step)
         outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i]) for i, s in enumerate(step.spans)]
-        # Values were stored rotated, so each output is turned back by its query's position.
-        out = rotate_tail(ops, torch.cat(outs), step.positions, self.frequencies, inverse=True)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
 
     def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor | None) -> Tensor:
@@ -135,8 +143,10 @@ class Attention:
                 sources.append(Rows(stream.packed, stream.layout, start=torch.zeros_like(stop), stop=stop))
             else:
                 sources.append(Rows(stream.packed, stream.layout, index=chosen))
-        scale = float(self.config.head_dim) ** -0.5
-        return self.ops.sparse_attention(q, sources, self.attn_sink, scale, self.config.head_dim, span.position)
+        width = self.config.head_dim
+        return self.ops.sparse_attention(
+            q, sources, self.attn_sink, width**-0.5, width, span.position, self.frequencies
+        )
 
     def _window(self, rows: Tensor, span: Span) -> Rows:
         pool = span.streams.window(self.layer.index).extend(rows, span.position)
@@ -177,13 +187,20 @@ class Compressor:
         groups = span.streams.state(self.layer.index, self.state).extend(values, gates, span.position)
         if groups[0].shape[0] <= overlap:  # no group was completed
             return
-        entries = self.ops.rms_norm(self.ops.compress(*groups, overlap), self.norm, self.config.rms_norm_eps)
+        entries = self.ops.compress(*groups, overlap)
         stream = span.streams.rows(self.layer.index, self.rows)
         first_token = torch.arange(stream.count, stream.count + entries.shape[0]) * self.layer.ratio
-        entries = rotate_tail(self.ops, entries, first_token, self.frequencies)
-        if self.spread:
-            entries = self.ops.hadamard(entries)
-        stream.append(self.ops.pack_rows(entries, self.layout))
+        stream.append(
+            self.ops.norm_rope_pack(
+                entries,
+                self.norm,
+                self.config.rms_norm_eps,
+                first_token,
+                self.frequencies,
+                self.layout,
+                self.spread,
+            )
+        )
 
 
 class Indexer:
@@ -199,9 +216,7 @@ class Indexer:
         c, ops, compressor = self.config, self.ops, self.compressor
         compressor.append(x, step)
         q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
-        q = rotate_tail(ops, q, step.positions, compressor.frequencies)
-        if compressor.spread:
-            q = ops.unpack_rows(ops.pack_rows(ops.hadamard(q), compressor.layout), compressor.layout)
+        q = ops.rope_round(q, step.positions, compressor.frequencies, compressor.layout, compressor.spread)
         weights = ops.linear(x, self.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
         return [self._select(q[span.rows], weights[span.rows], span.streams, span) for span in step.spans]
 

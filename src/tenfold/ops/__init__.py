@@ -97,6 +97,25 @@ class Ops(Protocol):
     ) -> Tensor:
         """Rotates x [n, ..., dim] by positions [n] times frequencies [dim / 2]; pairs (2i, 2i+1) or (i, i + dim/2)."""
 
+    def norm_rope(self, x: Tensor, weight: Weight | None, eps: float, positions: Tensor, frequencies: Tensor) -> Tensor:
+        """x [n, ..., width] normed as by `rms_norm`, then its last channels rotated as by `rope`."""
+
+    def norm_rope_pack(
+        self,
+        x: Tensor,
+        weight: Weight,
+        eps: float,
+        positions: Tensor,
+        frequencies: Tensor,
+        layout: RowLayout,
+        spread: bool,
+    ) -> Tensor:
+        """`norm_rope`, then `hadamard` where it is spread, then `pack_rows`: x [n, width] -> uint8 [n, row_bytes]."""
+
+    def rope_round(self, x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
+        """x [n, ..., width], its last channels rotated as by `rope`; where it is spread also `hadamard`, and rounded
+        to what packed rows of the layout hold."""
+
     def hadamard(self, x: Tensor) -> Tensor:
         """x [..., power of two] times the orthonormal Sylvester-Hadamard matrix."""
 
@@ -106,20 +125,21 @@ class Ops(Protocol):
         fn: Weight,
         base: Weight,
         scale: Weight,
+        norm: Weight,
         *,
         norm_eps: float,
         eps: float,
         iterations: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """streams [n, m, d] -> sub-layer input [n, d], post [n, m], combination [n, m, m] (spec 2.1)."""
+        """streams [n, m, d] -> normed sub-layer input [n, d], post [n, m], combination [n, m, m] (spec 2.1)."""
 
     def hc_merge(self, streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
         """post_k y + sum over j of combination[j, k] streams_j -> [n, m, d]."""
 
     def hc_collapse(
-        self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float
+        self, streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, *, norm_eps: float, eps: float
     ) -> Tensor:
-        """streams [n, m, d] -> [n, d] before the last norm (spec 2.8)."""
+        """streams [n, m, d] -> [n, d] after the last norm (spec 2.8)."""
 
     def compress(self, values: Tensor, gates: Tensor, overlap: bool) -> Tensor:
         """Softmax-pooled entries: values, gates [groups, ratio, width] -> [groups, dim] (spec 2.4).
@@ -152,11 +172,13 @@ class Ops(Protocol):
         scale: float,
         value_dim: int,
         position: int,
+        frequencies: Tensor | None = None,
     ) -> Tensor:
         """One softmax over all rows of all sources -> [n, heads, value_dim] (spec 2.6).
 
         q [n, heads, width]; a row's first `value_dim` channels are its value. `sink` [heads] adds e^sink to the
-        denominator. The queries stand at consecutive positions from `position`.
+        denominator. The queries stand at consecutive positions from `position`; with `frequencies` the last channels
+        of each output are rotated back by its query's, as values that were stored rotated want it.
         """
 
     def route(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,9 +27,12 @@ __all__ = [
     "hc_collapse",
     "hc_merge",
     "hc_mix",
+    "norm_rope",
+    "norm_rope_pack",
     "pack_rows",
     "rms_norm",
     "rope",
+    "rope_round",
     "route_logits",
     "select_rows",
     "sparse_attention",
@@ -38,7 +42,8 @@ __all__ = [
 _MOST_STREAMS = 8
 _MOST_PAIRS = 256
 _MOST_EXPERTS = 1024
-
+_NORM, _SPREAD, _PACK, _ROUND = 1, 2, 4, 8
+"""Steps of `turn_rows` in native/kernels/kernels.hpp; the rotation is always one."""
 
 _LAYOUT_FIELDS = (
     "coded",
@@ -105,9 +110,17 @@ def _checked_rows(name: str, packed: Tensor, layout: RowLayout, width: int) -> i
     return _checked(name, packed, torch.uint8, (packed.shape[0], layout.row_bytes))
 
 
-def _numbers(weight: Weight) -> Tensor:
-    """A weight that holds numbers, not codes, as float32."""
-    return weight.data if weight.data.dtype is torch.float32 else reference.dequantize(weight)
+_vectors: WeakKeyDictionary[Weight, tuple[tuple[int, ...], int, Tensor]] = WeakKeyDictionary()
+"""Shape and address of a weight's numbers and the tensor that owns them; not the weight, which would stay for ever."""
+
+
+def _numbers(name: str, weight: Weight, shape: tuple[int, ...]) -> int:
+    """The address of a weight's numbers as float32, unpacked and checked once in its life."""
+    found = _vectors.get(weight)
+    if found is None or found[0] != shape:
+        data = weight.data if weight.data.dtype is torch.float32 else reference.dequantize(weight)
+        found = _vectors[weight] = (shape, _checked(name, data, torch.float32, shape), data)
+    return found[1]
 
 
 # ---------------------------------------------------------------------------------------------- channels
@@ -117,16 +130,80 @@ def rms_norm(x: Tensor, weight: Weight | None, eps: float) -> Tensor:
     x, width = x.contiguous(), x.shape[-1]
     if width == 0:
         raise ValueError("x: expected rows of at least one element, got width 0")
-    scale = _ones(width) if weight is None else _numbers(weight)
-    given = _checked("x", x, torch.float32, tuple(x.shape)), _checked("weight", scale, torch.float32, (width,))
-    out = torch.empty(x.shape)
-    _kernel("rms_norm")(*given, out.data_ptr(), x.numel() // width, width, eps, _native.num_threads())
+    address = _checked("x", x, torch.float32, x.shape)
+    scale = None if weight is None else _numbers("weight", weight, (width,))
+    out = torch.empty_like(x)
+    _kernel("rms_norm")(address, scale, out.data_ptr(), x.numel() // width, width, eps, _native.num_threads())
+    return out
+
+
+def norm_rope(x: Tensor, weight: Weight | None, eps: float, positions: Tensor, frequencies: Tensor) -> Tensor:
+    x = x.contiguous()
+    scale = None if weight is None else _numbers("weight", weight, (x.shape[-1],))
+    return _turned(x, scale, eps, positions, frequencies, None, _NORM, torch.empty_like(x))
+
+
+def norm_rope_pack(
+    x: Tensor,
+    weight: Weight,
+    eps: float,
+    positions: Tensor,
+    frequencies: Tensor,
+    layout: RowLayout,
+    spread: bool,
+) -> Tensor:
+    x, (n, width) = x.contiguous(), x.shape
+    steps = _NORM | _PACK | (_SPREAD if spread else 0)
+    out = torch.empty(n, layout.row_bytes, dtype=torch.uint8)
+    return _turned(x, _numbers("weight", weight, (width,)), eps, positions, frequencies, layout, steps, out)
+
+
+def rope_round(x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
+    x = x.contiguous()
+    steps = _SPREAD | _ROUND if spread else 0
+    return _turned(x, None, 0.0, positions, frequencies, layout, steps, torch.empty_like(x))
+
+
+def _turned(
+    x: Tensor,
+    weight: int | None,
+    eps: float,
+    positions: Tensor,
+    frequencies: Tensor,
+    layout: RowLayout | None,
+    steps: int,
+    out: Tensor,
+) -> Tensor:
+    """x [n, ..., width], dense, through the steps, to `out`."""
+    n, width, pairs = x.shape[0], x.shape[-1], frequencies.shape[0]
+    positions, frequencies = positions.contiguous(), frequencies.contiguous()
+    _check_steps(width, pairs, layout, steps)
+    _kernel("turn_rows")(
+        _checked("x", x, torch.float32, x.shape),
+        weight,
+        _checked("positions", positions, torch.int64, (n,)),
+        _checked("frequencies", frequencies, torch.float32, (pairs,)),
+        None if layout is None else ctypes.addressof(_layout(layout)),
+        out.data_ptr(),
+        n,
+        math.prod(x.shape[1:-1]),
+        width,
+        pairs,
+        eps,
+        steps,
+        _native.num_threads(),
+    )
     return out
 
 
 @cache
-def _ones(width: int) -> Tensor:
-    return torch.ones(width)
+def _check_steps(width: int, pairs: int, layout: RowLayout | None, steps: int) -> None:
+    if pairs > _MOST_PAIRS or 2 * pairs > width or width == 0:
+        raise ValueError(f"x: expected at least {2 * pairs} and more than 0 channels, got {width}")
+    if steps & _SPREAD and width & (width - 1):
+        raise ValueError(f"x: expected a power of two of channels, got {width}")
+    if layout is not None and layout.width != width:
+        raise ValueError(f"x: rows of {layout.name} have {layout.width} channels, got {width}")
 
 
 def rope(
@@ -157,7 +234,7 @@ def hadamard(x: Tensor) -> Tensor:
     if width & (width - 1) or not width:
         raise ValueError(f"x: expected a power of two of channels, got {width}")
     address = _checked("x", x, torch.float32, tuple(x.shape))
-    out = torch.empty(x.shape)
+    out = torch.empty_like(x)
     _kernel("hadamard")(address, out.data_ptr(), x.numel() // width, width, _native.num_threads())
     return out
 
@@ -200,7 +277,7 @@ def route_logits(
 ) -> tuple[Tensor, Tensor]:
     """`route` from the gate's logits [n, experts] on."""
     n, experts = logits.shape
-    logits, biases = logits.contiguous(), None if bias is None else _numbers(bias)
+    logits = logits.contiguous()
     if not 0 < topk <= experts // groups * topk_group or experts > _MOST_EXPERTS or experts % groups:
         raise ValueError(f"topk: cannot choose {topk} of {experts} experts in {topk_group} of {groups} groups")
     if groups > 1 and (experts < 2 * groups or topk_group > groups):
@@ -210,7 +287,7 @@ def route_logits(
         raise IndexError(f"chosen: there are {experts} experts, got {int(ids.min())} to {int(ids.max())}")
     given = (
         _checked("logits", logits, torch.float32, (n, experts)),
-        None if biases is None else _checked("bias", biases, torch.float32, (experts,)),
+        None if bias is None else _numbers("bias", bias, (experts,)),
         _checked("chosen", ids, torch.int64, (n, topk)),
     )
     weights = torch.empty(n, topk)
@@ -248,48 +325,65 @@ def unpack_rows(packed: Tensor, layout: RowLayout) -> Tensor:
 
 
 def hc_mix(
-    streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float, iterations: int
+    streams: Tensor,
+    fn: Weight,
+    base: Weight,
+    scale: Weight,
+    norm: Weight,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, m, d = streams.shape
+    streams, (n, m, d) = streams.contiguous(), _stream_shape(streams)
     outputs = (2 + m) * m
-    kept = _projection(streams, fn, base, scale, outputs, 3)
     x, post, combination = torch.empty(n, d), torch.empty(n, m), torch.empty(n, m, m)
     mixed = torch.empty(n, outputs)
-    given = [tensor.data_ptr() for tensor in (*kept, x, post, combination, mixed)]
-    _kernel("hc_mix")(*given, n, m, d, norm_eps, eps, iterations, _native.num_threads())
+    _kernel("hc_mix")(
+        _checked("streams", streams, torch.float32, (n, m, d)),
+        *_projection(fn, base, scale, norm, outputs, 3, m, d),
+        x.data_ptr(), post.data_ptr(), combination.data_ptr(), mixed.data_ptr(),
+        n, m, d, norm_eps, eps, iterations, _native.num_threads(),
+    )  # fmt: skip
     return x, post, combination
 
 
-def hc_collapse(streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float) -> Tensor:
-    n, m, d = streams.shape
-    kept = _projection(streams, fn, base, scale, m, 1)
+def hc_collapse(
+    streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, *, norm_eps: float, eps: float
+) -> Tensor:
+    streams, (n, m, d) = streams.contiguous(), _stream_shape(streams)
     x, mixed = torch.empty(n, d), torch.empty(n, m)
-    given = [tensor.data_ptr() for tensor in (*kept, x, mixed)]
-    _kernel("hc_collapse")(*given, n, m, d, norm_eps, eps, _native.num_threads())
+    _kernel("hc_collapse")(
+        _checked("streams", streams, torch.float32, (n, m, d)),
+        *_projection(fn, base, scale, norm, m, 1, m, d),
+        x.data_ptr(), mixed.data_ptr(), n, m, d, norm_eps, eps, _native.num_threads(),
+    )  # fmt: skip
     return x
 
 
 def _projection(
-    streams: Tensor, fn: Weight, base: Weight, scale: Weight, outputs: int, num_scales: int
-) -> tuple[Tensor, ...]:
-    n, m, d = _stream_shape(streams)
-    kept = (streams.contiguous(), _numbers(fn), _numbers(base), _numbers(scale))
-    shapes = ((n, m, d), (outputs, m * d), (outputs,), (num_scales,))
-    for name, tensor, shape in zip(("streams", "fn", "base", "scale"), kept, shapes, strict=True):
-        _checked(name, tensor, torch.float32, shape)
-    return kept
+    fn: Weight, base: Weight, scale: Weight, norm: Weight, outputs: int, num_scales: int, m: int, d: int
+) -> tuple[int, ...]:
+    """The addresses of the four weights."""
+    return (
+        _numbers("fn", fn, (outputs, m * d)),
+        _numbers("base", base, (outputs,)),
+        _numbers("scale", scale, (num_scales,)),
+        _numbers("norm", norm, (d,)),
+    )
 
 
 def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
     n, m, d = _stream_shape(streams)
-    kept = [tensor.contiguous() for tensor in (streams, y, post, combination)]
-    out = torch.empty(n, m, d)
-    shapes = ((n, m, d), (n, d), (n, m), (n, m, m))
-    given = [
-        _checked(name, tensor, torch.float32, shape)
-        for name, tensor, shape in zip(("streams", "y", "post", "combination"), kept, shapes, strict=True)
-    ]
-    _kernel("hc_merge")(*given, out.data_ptr(), n, m, d, _native.num_threads())
+    streams, y, post, combination = (t.contiguous() for t in (streams, y, post, combination))
+    out = torch.empty_like(streams)
+    _kernel("hc_merge")(
+        _checked("streams", streams, torch.float32, (n, m, d)),
+        _checked("y", y, torch.float32, (n, d)),
+        _checked("post", post, torch.float32, (n, m)),
+        _checked("combination", combination, torch.float32, (n, m, m)),
+        out.data_ptr(), n, m, d, _native.num_threads(),
+    )  # fmt: skip
     return out
 
 
@@ -342,14 +436,20 @@ def _describe(source: Rows, name: str, n: int, width: int, to: _Rows) -> tuple[T
 
 
 def sparse_attention(
-    q: Tensor, sources: Sequence[Rows], sink: Weight | None, scale: float, value_dim: int, position: int
+    q: Tensor,
+    sources: Sequence[Rows],
+    sink: Weight | None,
+    scale: float,
+    value_dim: int,
+    position: int,
+    frequencies: Tensor | None = None,
 ) -> Tensor:
     n, heads, width = q.shape
-    if not 0 < value_dim <= width:
-        raise ValueError(f"value_dim: expected 1 to {width}, got {value_dim}")
+    pairs = 0 if frequencies is None else frequencies.shape[0]
+    if not 0 < value_dim <= width or 2 * pairs > value_dim or pairs > _MOST_PAIRS:
+        raise ValueError(f"value_dim: expected {max(2 * pairs, 1)} to {width}, got {value_dim}")
     q = q.contiguous()
     out = q.new_empty(n, heads, value_dim)
-    sinks = None if sink is None else sink.data.float()
     given = (_Rows * len(sources))()
     kept = [_describe(source, f"source {i}", n, width, given[i]) for i, source in enumerate(sources)]
     refused = ctypes.c_int32()
@@ -357,12 +457,15 @@ def sparse_attention(
         _checked("q", q, torch.float32, (n, heads, width)),
         ctypes.addressof(given),
         len(sources),
-        None if sinks is None else _checked("sink", sinks, torch.float32, (heads,)),
+        None if sink is None else _numbers("sink", sink, (heads,)),
+        None if frequencies is None else _checked("frequencies", frequencies, torch.float32, (pairs,)),
         out.data_ptr(),
         n,
         heads,
         width,
         value_dim,
+        position,
+        pairs,
         scale,
         ctypes.addressof(refused),
         _native.num_threads(),

@@ -145,6 +145,34 @@ def rope(
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def norm_rope(x: Tensor, weight: Weight | None, eps: float, positions: Tensor, frequencies: Tensor) -> Tensor:
+    return _tail_rotated(rms_norm(x, weight, eps), positions, frequencies)
+
+
+def norm_rope_pack(
+    x: Tensor,
+    weight: Weight,
+    eps: float,
+    positions: Tensor,
+    frequencies: Tensor,
+    layout: RowLayout,
+    spread: bool,
+) -> Tensor:
+    rows = norm_rope(x, weight, eps, positions, frequencies)
+    return pack_rows(hadamard(rows) if spread else rows, layout)
+
+
+def rope_round(x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
+    x = _tail_rotated(x, positions, frequencies)
+    return unpack_rows(pack_rows(hadamard(x), layout), layout) if spread else x
+
+
+def _tail_rotated(x: Tensor, positions: Tensor, frequencies: Tensor, inverse: bool = False) -> Tensor:
+    """The last channels rotated, the others as they are."""
+    head, tail = x.split([x.shape[-1] - 2 * frequencies.shape[0], 2 * frequencies.shape[0]], dim=-1)
+    return torch.cat([head, rope(tail, positions, frequencies, inverse=inverse)], dim=-1)
+
+
 def hadamard(x: Tensor) -> Tensor:
     width = x.shape[-1]
     return _matmul(x.reshape(-1, width), _hadamard_matrix(width)).view(x.shape)
@@ -163,14 +191,23 @@ def _hadamard_matrix(width: int) -> Tensor:
 
 
 def hc_mix(
-    streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float, iterations: int
+    streams: Tensor,
+    fn: Weight,
+    base: Weight,
+    scale: Weight,
+    norm: Weight,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = streams.shape[1]
     mixed, sigma, offset = _hc_project(streams, fn, norm_eps), dequantize(scale), dequantize(base)
     pre = _sigmoid(mixed[:, :m] * sigma[0] + offset[:m]) + eps
     post = 2.0 * _sigmoid(mixed[:, m : 2 * m] * sigma[1] + offset[m : 2 * m])
     raw = (mixed[:, 2 * m :] * sigma[2] + offset[2 * m :]).view(-1, m, m)
-    return _weighted_streams(pre, streams), post, _sinkhorn(raw, eps, iterations)
+    x = rms_norm(_weighted_streams(pre, streams), norm, norm_eps)
+    return x, post, _sinkhorn(raw, eps, iterations)
 
 
 def _hc_project(streams: Tensor, fn: Weight, norm_eps: float) -> Tensor:
@@ -199,9 +236,12 @@ def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> T
     return post[:, :, None] * y[:, None, :] + mixed
 
 
-def hc_collapse(streams: Tensor, fn: Weight, base: Weight, scale: Weight, *, norm_eps: float, eps: float) -> Tensor:
+def hc_collapse(
+    streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, *, norm_eps: float, eps: float
+) -> Tensor:
     mixed = _hc_project(streams, fn, norm_eps)
-    return _weighted_streams(_sigmoid(mixed * dequantize(scale) + dequantize(base)) + eps, streams)
+    pre = _sigmoid(mixed * dequantize(scale) + dequantize(base)) + eps
+    return rms_norm(_weighted_streams(pre, streams), norm, norm_eps)
 
 
 # ---------------------------------------------------------------------------------------------- compressor, rows
@@ -357,7 +397,13 @@ def _ascending(scores: Tensor, visible: Tensor, columns: Tensor) -> Tensor:
 
 
 def sparse_attention(
-    q: Tensor, sources: Sequence[Rows], sink: Weight | None, scale: float, value_dim: int, position: int
+    q: Tensor,
+    sources: Sequence[Rows],
+    sink: Weight | None,
+    scale: float,
+    value_dim: int,
+    position: int,
+    frequencies: Tensor | None = None,
 ) -> Tensor:
     n, heads, width = q.shape
     sinks = torch.full((heads,), -torch.inf) if sink is None else dequantize(sink)
@@ -368,7 +414,10 @@ def sparse_attention(
         span = slice(first, min(first + tile, n))
         blocks = [block for source in sources for block in _gathered_blocks(source, span)]
         parts.append(_attend(q[span] * scale, blocks, sinks, value_dim))
-    return torch.cat(parts) if parts else q.new_empty(0, heads, value_dim)
+    out = torch.cat(parts) if parts else q.new_empty(0, heads, value_dim)
+    if frequencies is None:
+        return out
+    return _tail_rotated(out, torch.arange(position, position + n), frequencies, inverse=True)
 
 
 def _num_columns(source: Rows) -> int:
