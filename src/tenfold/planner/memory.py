@@ -8,7 +8,7 @@ __all__ = ["kv_by_component", "kv_bytes", "kv_bytes_per_token", "kv_fixed_bytes"
 
 
 def kv_by_component(anatomy: Anatomy, tokens: int) -> dict[str, float]:
-    """Bytes after `tokens` tokens, named as in `ModelConfig.kv_bytes` and equal to it where there is a config."""
+    """Bytes after `tokens` tokens under the names of `ModelConfig.kv_bytes`, whose sums they equal."""
     found: dict[str, float] = {}
 
     def add(component: str, num_bytes: float) -> None:
