@@ -23,7 +23,8 @@ LAYERS = (
     ("engine", "store", "synth", "inspection", "doctor"),
     ("tenfold",),
     ("completion", "scheduler", "terminal"),
-    ("protocol", "server", "views"),
+    ("protocol", "server", "views", "planner_views", "charts", "report"),
+    ("planner_cli",),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -32,7 +33,20 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # ops is called from above with tensors and plain numbers; of the package it needs only these.
 OPS_MAY_IMPORT = {"errors", "config", "formats", "_native", "ops"}
-WITHOUT_TORCH = ("errors", "config", "formats", "checkpoint", "shards", "machine", "planner", "cli")
+WITHOUT_TORCH = (
+    "errors",
+    "config",
+    "formats",
+    "checkpoint",
+    "shards",
+    "machine",
+    "planner",
+    "planner_views",
+    "planner_cli",
+    "charts",
+    "report",
+    "cli",
+)
 HEAVY = {"torch", "transformers"}  # imported at module level, or inside functions of cli.py alone
 
 MODULES = {

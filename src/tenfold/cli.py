@@ -242,6 +242,47 @@ def inspect(
 
 @app.command()
 @reported
+def compare(
+    models: Annotated[list[str] | None, typer.Argument(help="Presets, folders or config.json files.")] = None,
+    against: Annotated[str, typer.Option(help="The model the others are compared with.")] = "v3.2",
+    context: Annotated[str, typer.Option(help="Tokens: 4096, 128K, 1M or 1Mi.")] = "1M",
+    by: Annotated[str | None, typer.Option(help="component: FLOPs and KV bytes of each.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Share the saving out among its causes.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE: another column; repeatable.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the charts to FILE.svg or FILE.png.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with charts and sliders.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare what models cost: parameters, FLOPs, KV cache; claimed beside computed. Needs no weights."""
+    from tenfold import planner_cli
+
+    planner_cli.compare(models or [], against, context, by, why, set_ or [], plot, html, as_json)
+
+
+@app.command()
+@reported
+def plan(
+    model: Annotated[str, typer.Argument(help="Preset (v4-flash, v4-pro, v3.2), folder or config.json.")],
+    context: Annotated[str, typer.Option(help="Tokens: 4096, 128K, 1M or 1Mi.")] = "128K",
+    machine: Annotated[str, typer.Option(help="this, H100, H200, B200, RTX-5090, M3-Ultra, ...")] = "this",
+    gpus: Annotated[int, typer.Option(help="So many of them.")] = 1,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE of config.json; repeatable.")] = None,
+    workload: Annotated[str | None, typer.Option(help='"read 1M once, ask 50 x 1K, answer 300".')] = None,
+    price: Annotated[str | None, typer.Option(help="A host's HIT/MISS/OUTPUT in $ per million tokens.")] = None,
+    hourly: Annotated[float | None, typer.Option(help="$ per hour and device.")] = None,
+    power_price: Annotated[float, typer.Option(help="$ per kWh, where no rent is known.")] = 0.30,
+    utilisation: Annotated[float, typer.Option(help="Share of the hours that are used.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Say before any download whether a model fits, how long it takes and what it costs."""
+    from tenfold import planner_cli
+
+    asked = planner_cli.Asked(context, machine, gpus, set_ or [], workload, price, hourly, power_price, utilisation)
+    planner_cli.plan(model, asked, as_json)
+
+
+@app.command()
+@reported
 def doctor(threads: Threads = None, as_json: Json = False) -> None:
     """Show what works on this machine, what is missing, and the command that mends it."""
     import torch  # noqa: F401  the native library takes its threads from torch

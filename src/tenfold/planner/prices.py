@@ -11,7 +11,17 @@ from typing import Any
 
 from tenfold.errors import UsageError
 
-__all__ = ["Price", "Workload", "hosted_usd", "launch_price", "parse_price", "parse_tokens", "parse_workload", "prices"]
+__all__ = [
+    "Price",
+    "Workload",
+    "hosted_usd",
+    "latest_price",
+    "launch_price",
+    "parse_price",
+    "parse_tokens",
+    "parse_workload",
+    "prices",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +59,14 @@ def parse_price(text: str) -> Price:
     except ValueError:
         raise UsageError(f"--price is {text!r}, expected HIT/MISS/OUTPUT in $ per million: 0.022/0.66/1.98") from None
     if not all(0 <= value < 1e6 for value in (hit, miss, output)):
-        raise UsageError(
-            f"--price is {text!r}, expected three amounts from 0; the nearest is 0/{abs(miss):g}/{abs(output):g}"
-        )
+        nearest = "/".join(f"{abs(value):g}" for value in (hit, miss, output))
+        raise UsageError(f"--price is {text!r}, expected three amounts from 0; the nearest is {nearest}")
     return Price("", "", "given", hit, miss, output, "--price")
+
+
+def latest_price(model: str | None) -> Price | None:
+    """The last list price of a preset."""
+    return next(iter(reversed(prices(model))), None) if model else None
 
 
 _UNITS = {"": 1, "K": 1024, "M": 1_000_000, "KI": 1024, "MI": 1_048_576}

@@ -1,0 +1,96 @@
+"""How long one sequence takes on given hardware: reading a prompt, writing a token, and which resource binds.
+
+`FleetClock` is for devices known by their data sheets, `LocalClock` for this machine's own kernels, measured here.
+Both answer the same questions. Knows nothing of money.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tenfold.planner.anatomy import Anatomy
+from tenfold.planner.machines import Measured
+from tenfold.planner.serving import Fleet
+from tenfold.planner.work import Work, roofline_seconds, step_work
+
+__all__ = ["CHUNK_TOKENS", "Clock", "FleetClock", "LocalClock"]
+
+CHUNK_TOKENS = 4096
+"""Tokens the engine takes through the network at a time."""
+
+
+class Clock(Protocol):
+    """Seconds of one sequence."""
+
+    def decode_s(self, context: int) -> float:
+        """The token that makes the context `context` long."""
+
+    def prefill_s(self, start: int, stop: int) -> float:
+        """Reading tokens [start, stop) of a text."""
+
+    def binding(self, context: int) -> str:
+        """What most of a decoded token's time goes to, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetClock:
+    """One sequence on a fleet: it decodes alone, and its prefill is shared by all devices."""
+
+    fleet: Fleet
+
+    def decode_s(self, context: int) -> float:
+        return self.fleet.step(context, 1).seconds
+
+    def prefill_s(self, start: int, stop: int) -> float:
+        return (self.fleet.prefill_s(stop) - (self.fleet.prefill_s(start) if start else 0.0)) / self.fleet.count
+
+    def binding(self, context: int) -> str:
+        return self.fleet.step(context, 1).binding
+
+
+@dataclass(frozen=True, slots=True)
+class LocalClock:
+    """This machine: the roofline of each part, a fixed cost per layer and one per token, experts perhaps from disk.
+
+    `streamed_share` is the part of the routed experts that memory does not hold.
+    """
+
+    anatomy: Anatomy
+    measured: Measured
+    channels: int
+    streamed_share: float = 0.0
+
+    def _step_s(self, position: int, num_tokens: int) -> dict[str, float]:
+        """Seconds of a step by what they go to."""
+        work = step_work(self.anatomy, position, num_tokens)
+        peaks = self.measured.peaks
+        reading = sum(peaks.seconds(w) for w in work if _is_read_bound(w, self.measured))
+        layers = self.anatomy.layers
+        found = {
+            "memory bandwidth": reading,
+            "compute": roofline_seconds(work, peaks) - reading,
+            "fixed cost of layers": layers * self.measured.layer_floor_s
+            + num_tokens * layers * self.channels / 1000 * self.measured.token_floor_s,
+        }
+        if self.streamed_share:
+            disk = self.measured.disk_bytes_per_s or self.measured.read_bytes_per_s
+            routed = sum(w.weight_bytes for w in work if w.component == "moe_routed")
+            found["disk"] = self.streamed_share * routed / disk
+        return found
+
+    def decode_s(self, context: int) -> float:
+        return sum(self._step_s(context - 1, 1).values())
+
+    def prefill_s(self, start: int, stop: int) -> float:
+        starts = range(start, stop, CHUNK_TOKENS)
+        return sum(sum(self._step_s(p, min(CHUNK_TOKENS, stop - p)).values()) for p in starts)
+
+    def binding(self, context: int) -> str:
+        parts = self._step_s(context - 1, 1)
+        return max(parts, key=parts.__getitem__)
+
+
+def _is_read_bound(work: Work, measured: Measured) -> bool:
+    peaks = measured.peaks
+    return work.bytes_read / peaks.read_bytes_per_s >= work.flops / peaks.of(work.precision)
