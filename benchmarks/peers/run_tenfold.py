@@ -1,22 +1,21 @@
-"""One task on tenfold, on the official files. A long context is made of random tokens and random packed rows."""
+"""One task on tenfold, on the official files. What comes before a chunk or a written token is random rows."""
 
 from __future__ import annotations
 
 import statistics
+import sys
+from pathlib import Path
 
 import torch
 from common import CHUNK_TOKENS, arguments, decode_steps, memory_mb, random_ids, report, save_logits, seconds
-from torch import Tensor
 
 import tenfold
-from tenfold.engine import Engine, Session, Snapshot
-from tenfold.ops import reference
-from tenfold.streams import RestorePoint
+from tenfold.engine import Engine, Session
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from contexts import pretend  # noqa: E402
 
 RUNS = 3
-BASIS = 256
-"""Tokens really read before a made-up context goes on; a multiple of every compression ratio."""
-ROWS_AT_ONCE = 1 << 14
 
 
 def main() -> None:
@@ -35,17 +34,21 @@ def prefill(engine: Engine, options: object) -> dict[str, object]:
 
 
 def chunk(engine: Engine, options: object) -> dict[str, object]:
-    session, state = filled(engine, options.tokens)
-    ids, times = random_ids(CHUNK_TOKENS), []
+    session, ids, times = room(engine, options.tokens), random_ids(CHUNK_TOKENS), []
     for _ in range(1 + RUNS):
-        session.restore(state)
+        pretend(session, options.tokens)
         times.append(seconds(lambda: session.feed(ids)))
     return {"tps": CHUNK_TOKENS / statistics.median(times[1:])}
 
 
 def decode(engine: Engine, options: object) -> dict[str, object]:
-    session, _ = filled(engine, options.tokens)
+    session = room(engine, options.tokens)
+    pretend(session, options.tokens)
     return decode_steps(lambda: session.feed([int(session.last_logits.argmax())]))
+
+
+def room(engine: Engine, tokens: int) -> Session:
+    return engine.session(tokens + 2 * CHUNK_TOKENS)
 
 
 def logits(engine: Engine, options: object) -> dict[str, object]:
@@ -61,28 +64,6 @@ def memory(engine: Engine, options: object) -> dict[str, object]:
     for _ in range(16):
         session.feed([int(session.last_logits.argmax())])
     return {"bytes_per_token": grown / options.tokens, "fixed_bytes": before}
-
-
-def filled(engine: Engine, tokens: int) -> tuple[Session, Snapshot]:
-    """A session behind `tokens` tokens: the rings and the compressors' state of BASIS real ones, rows of noise."""
-    session = engine.session(tokens + 2 * CHUNK_TOKENS)
-    session.feed(random_ids(BASIS))
-    basis = session.snapshot()
-    rows = {
-        (spec.layer, spec.name): noise(session.streams.rows(spec.layer, spec.name).layout, spec.rows_at(tokens))
-        for spec in engine.config.streams
-        if spec.ratio
-    }
-    point = RestorePoint(tokens, basis.point.fixed)
-    state = Snapshot(engine, tuple(random_ids(tokens)), point, rows, basis.logits)
-    session.restore(state)
-    return session, state
-
-
-def noise(layout: object, count: int) -> Tensor:
-    """Packed rows of normal numbers; blocks of ROWS_AT_ONCE repeat."""
-    block = reference.pack_rows(torch.randn(min(count, ROWS_AT_ONCE), layout.width), layout)
-    return block.repeat(-(-count // max(1, len(block))), 1)[:count]
 
 
 if __name__ == "__main__":
