@@ -13,7 +13,7 @@ import tenfold
 from tenfold.engine import Engine, Session
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from contexts import pretend  # noqa: E402
+from contexts import pretend
 
 RUNS = 3
 
