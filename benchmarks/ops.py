@@ -8,9 +8,10 @@ with --peers ggml, whose libraries are in FOLDER, the folder llama_cpp/lib of an
 to give the true result first: float64 for products, else the reference.
 
 A row of benchmarks/results/ops.csv is one contender: p20, p50 and p80 of its runs; the bytes it reads and what it
-computes, per second; the share of the limit that binds it, which is reading its bytes or doing its arithmetic at the
-peak measured in the same run; and how many times faster the fastest of tenfold is. Rows of a case that is measured
-again are replaced. Peers that are no package of this project are named in benchmarks/peers.py.
+computes, per second; the share of the limit that binds it, which is reading its bytes (at the pace at which a plain
+sum reads tenfold's, in turn with the contenders) or doing its arithmetic at the peak measured in the same run; and how
+many times faster the fastest of tenfold is. A case that is measured again `beside` the same build of ggml is replaced.
+Peers are no packages of this project: benchmarks/peers.py names them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ LONGEST_S = 8.0
 """A contender is timed no longer than this, but for three runs."""
 PAUSE_S = 0.002
 """Between two runs: threads of another pool go to sleep."""
-KEY = ("model", "case", "n", "contender")
+KEY = ("model", "case", "n", "beside")
 
 
 def main() -> int:
@@ -93,17 +95,31 @@ def gate(contender: Contender, expected: Tensor) -> float:
 def timed(case: Case, errors: dict[str, float], limits: peaks.MeasuredPeaks) -> list[dict[str, str]]:
     """The rows of a case; contenders take turns."""
     times: dict[str, list[float]] = {contender.name: [] for contender in case.contenders}
+    read, reads = reader(case.contenders[0].num_bytes), []
     for number in range(RUNS):
+        reads.append(seconds(read))
         for contender in case.contenders:
             spent = times[contender.name]
             if number < 3 or sum(spent) < LONGEST_S:
                 time.sleep(PAUSE_S)
                 spent.append(seconds(contender.run))
     ours_s = min(statistics.median(spent) for name, spent in times.items() if name.startswith("tenfold"))
-    rows = [row(case, each, times[each.name], errors[each.name], ours_s, limits) for each in case.contenders]
+    beside = " ".join(name for name in dict.fromkeys(each.library for each in case.contenders) if name)
+    limits = replace(limits, read_bytes_per_s=case.contenders[0].num_bytes / statistics.median(reads))
+    rows = [
+        row(case, each, times[each.name], errors[each.name], ours_s, limits) | {"beside": beside}
+        for each in case.contenders
+    ]
     for found in rows:
         print("  ".join(value for value in found.values() if value), flush=True)
     return rows
+
+
+def reader(num_bytes: int) -> Callable[[], object]:
+    """Reads so many bytes of memory: what reading alone takes, as the machine is at that moment."""
+    data, checksum = torch.ones(num_bytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    kernel = _native._kernel("peak_read", None)
+    return lambda: kernel(data.data_ptr(), num_bytes, checksum.data_ptr(), _native.num_threads())
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -135,13 +151,14 @@ def row(
         "gop_s": f"{case.operations / middle / 1e9:.0f}",
         "limit": limit,
         "of_limit": f"{bounds[limit] / middle:.2f}",
+        "read_gb_s": f"{limits.read_bytes_per_s / 1e9:.1f}",
         "tenfold_faster": f"{middle / ours_s:.2f}",
         "error": f"{error:.1e}",
     }
 
 
 def write(rows: list[dict[str, str]], limits: peaks.MeasuredPeaks) -> None:
-    """The rows in place of older ones of the same key, in the order of the cases as far as they were run."""
+    """The rows behind those that are kept: the older ones of other cases, or beside another build of ggml."""
     if not rows:
         print("no case has such a name; nothing was timed")
         return
@@ -153,19 +170,18 @@ def write(rows: list[dict[str, str]], limits: peaks.MeasuredPeaks) -> None:
         "machine": f"{machine.cpu_model}, {machine.usable_cores} cores",
         "isa": _native.isa(),
         "commit": head.stdout.strip(),
-        "read_gb_s": f"{limits.read_bytes_per_s / 1e9:.1f}",
         "float32_gop_s": f"{limits.float32_flops_per_s / 1e9:.0f}",
         "int8_gop_s": f"{limits.int8_ops_per_s / 1e9:.0f}",
     }
-    fresh = {tuple(found[name] for name in KEY): found | where for found in rows}
-    kept: dict[tuple[str, ...], dict[str, str]] = {}
+    fresh = {tuple(found[name] for name in KEY) for found in rows}
+    kept: list[dict[str, str]] = []
     if RESULTS.exists():
         with RESULTS.open(encoding="utf-8", newline="") as file:
-            kept = {tuple(old[name] for name in KEY): old for old in csv.DictReader(file) if "contender" in old}
+            kept = [old for old in csv.DictReader(file) if tuple(old.get(name) for name in KEY) not in fresh]
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
         writer.writeheader()
-        writer.writerows((kept | fresh).values())
+        writer.writerows(kept + [found | where for found in rows])
 
 
 if __name__ == "__main__":

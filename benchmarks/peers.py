@@ -3,9 +3,11 @@
     python benchmarks/peers.py --work DIR --peers-python PYTHON [--llama-source DIR] [--rounds 3] [--prefix "CMD"]
 
 The peers live in an environment of their own, whose interpreter is PYTHON: transformers 5.23.0 with torch 2.13.0,
-llama-cpp-python 0.3.36 (built from source with GGML_NATIVE=ON and GGML_OPENMP=ON) and flyweight-llm 0.23.1. Their GGUF
-files are made once by llama.cpp's converter, which is in the source package of llama-cpp-python: --llama-source names
-its folder vendor/llama.cpp. A peer that cannot be imported is named and left out.
+llama-cpp-python 0.3.36 (built from source with GGML_NATIVE=ON and GGML_OPENMP=ON) and flyweight-llm 0.23.1. Where the
+machine has AVX-512 that build uses it; --llama-avx2 names a folder with the same libraries built with GGML_NATIVE=OFF
+and GGML_AVX2=ON. GGUF files are made once by llama.cpp's converter, which is in the source package of
+llama-cpp-python: --llama-source names its folder vendor/llama.cpp. A peer that cannot be imported is named and left
+out.
 
 Each task of each engine is a process of its own; engines alternate, rounds go round them. What ran is kept in
 DIR/runs.jsonl, so a stopped run goes on where it was; tenfold's runs of another commit are done again. A run during
@@ -52,6 +54,7 @@ TRIES = 3
 LONG_S = 60.0
 """A run that takes longer is done once."""
 TIMEOUT_S = 180
+AVX2 = "AVX2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +78,16 @@ ALL = {
     "decode": (K, 16 * K, 64 * K, 256 * K, LONGEST),
     "memory": (K,),
 }
+WITHOUT_MEMORY = {task: lengths for task, lengths in ALL.items() if task != "memory"}
+SHORT = {"prefill": (K, 4 * K), "decode": (K,)}
 Q8 = "--dense", "q8", "--kv"
 SMALL_CHUNKS = "--ubatch", "64"  # a mask of 512 x 1M would not end within the limit
 ENGINES = (
     Engine("tenfold", "run_tenfold.py", "tenfold", tasks=ALL),
     Engine("llama.cpp Q8_0, KV q8_0", "run_llama.py", "llama_cpp", (*Q8, "q8_0"), ALL, SMALL_CHUNKS),
     Engine("llama.cpp Q8_0, KV f16", "run_llama.py", "llama_cpp", (*Q8, "f16"), ALL, SMALL_CHUNKS),
+    Engine("llama.cpp AVX2 Q8_0, KV q8_0", "run_llama.py", "llama_cpp", (*Q8, "q8_0"), WITHOUT_MEMORY, SMALL_CHUNKS),
+    Engine("llama.cpp AVX2 Q8_0, KV f16", "run_llama.py", "llama_cpp", (*Q8, "f16"), SHORT),
     Engine(
         "llama.cpp BF16, KV q8_0",
         "run_llama.py",
@@ -99,7 +106,7 @@ ENGINES = (
         "run_flyweight.py",
         "flyweight",
         (*Q8, "f16"),
-        {"prefill": (K, 4 * K), "decode": (K,), "memory": (K,)},
+        {**SHORT, "memory": (K,)},
     ),
 )
 GATED = (
@@ -130,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and runs")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers (this one)")
     parser.add_argument("--llama-source", type=Path, help="vendor/llama.cpp of llama-cpp-python's source package")
+    parser.add_argument("--llama-avx2", type=Path, help="folder of llama.cpp's libraries built for AVX2 alone")
     parser.add_argument("--engines", nargs="*", default=[], help="words in the names of the engines wanted (all)")
     parser.add_argument("--tasks", nargs="*", default=list(ALL), choices=list(ALL))
     parser.add_argument("--rounds", type=int, default=3)
@@ -149,6 +157,8 @@ def prepare(options: argparse.Namespace) -> None:
 
 def usable(engine: Engine, options: argparse.Namespace) -> bool:
     if options.engines and not any(word in engine.name for word in options.engines):
+        return False
+    if AVX2 in engine.name and not options.llama_avx2:
         return False
     if "--dense" in engine.options and not (options.work / f"{engine.options[1]}.gguf").exists():
         return False
@@ -172,6 +182,7 @@ def run(options: argparse.Namespace, engine: Engine, task: str, tokens: int, *ex
         *("timeout", str(TIMEOUT_S)),
         *(interpreter(engine, options), str(FOLDER / engine.runner), str(options.work), task, str(tokens)),
         *engine.arguments(tokens),
+        *(("--lib", str(options.llama_avx2)) if AVX2 in engine.name else ()),
         *extra,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

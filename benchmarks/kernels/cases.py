@@ -38,13 +38,17 @@ Arithmetic = Literal["float32", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A way to compute a case: what runs, what it gives (None: what `run` returns), how exact it has to be."""
+    """A way to compute a case: what runs, what it gives (None: what `run` returns), how exact it has to be.
+
+    `num_bytes` is what it reads at least; `library` names a peer's build.
+    """
 
     name: str
     run: Callable[[], object]
     tolerance: float
     arithmetic: Arithmetic
     num_bytes: int
+    library: str = ""
     result: Callable[[], Tensor] | None = None
     free: Callable[[], None] | None = None
 
@@ -115,7 +119,9 @@ def _linear(shape: tuple[int, int], form: WeightFormat, n: int, ggml: Ggml | Non
         Contender("torch, unpacked", _torch_products(x, dense), EXACT, "float32", 4 * count * dense[0].numel())
     )
     if ggml is not None:
-        contenders += [_of_ggml(ggml, weights, x, repacked) for repacked in (False, True)]
+        contenders.append(_of_ggml(ggml, weights, x, repacked=False))
+        if form is MXFP4:  # ggml repacks no Q8_0 on x86
+            contenders.append(_of_ggml(ggml, weights, x, repacked=True))
     return (
         lambda: torch.stack([x.double() @ matrix.double().t() for matrix in dense]),
         2 * n * count * shape[0] * shape[1],
@@ -129,8 +135,17 @@ def _torch_products(x: Tensor, dense: list[Tensor]) -> Callable[[], Tensor]:
 
 def _of_ggml(ggml: Ggml, weights: list[Weight], x: Tensor, repacked: bool) -> Contender:
     product = Product(ggml, weights, x, repacked)
-    name = f"ggml {'MXFP4' if weights[0].format is MXFP4 else 'Q8_0'}{' repacked' if repacked else ''}"
-    return Contender(name, product.run, ROUNDED, "int8", product.num_bytes, product.result, product.free)
+    name = f"ggml {ggml.build} {'MXFP4' if weights[0].format is MXFP4 else 'Q8_0'}{' repacked' if repacked else ''}"
+    return Contender(
+        name,
+        product.run,
+        ROUNDED,
+        "int8",
+        product.num_bytes,
+        library=f"ggml {ggml.build}",
+        result=product.result,
+        free=product.free,
+    )
 
 
 def _weight(shape: tuple[int, int], form: WeightFormat) -> Weight:

@@ -49,6 +49,7 @@ _CPU = {
     "ggml_backend_cpu_init": (c_void_p,),
     "ggml_backend_cpu_set_n_threads": (None, c_void_p, c_int),
     "ggml_backend_cpu_reg": (c_void_p,),
+    "ggml_cpu_has_avx512": (c_int,),
 }
 
 
@@ -59,6 +60,9 @@ class Ggml:
         try:
             base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
             cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+            log = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+            self._silent = log(lambda level, text, data: None)
+            base.ggml_log_set(self._silent, None)
         except OSError as exc:
             raise SystemExit(
                 f"{folder} has no libggml-base.so and libggml-cpu.so ({exc}); give the folder llama_cpp/lib of an "
@@ -69,6 +73,8 @@ class Ggml:
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
                 setattr(self, name.removeprefix("ggml_"), function)
+        self.build = "AVX-512" if self.cpu_has_avx512() else "AVX2"
+        """What it was compiled for: with GGML_NATIVE=ON the best that this machine has."""
         self.backend = self.backend_cpu_init()
         self.backend_cpu_set_n_threads(self.backend, threads)
 

@@ -11,10 +11,17 @@ import ctypes
 import os
 import re
 
-import llama_cpp
 import numpy as np
 from common import CHUNK_TOKENS, VOCAB, arguments, decode_steps, memory_mb, random_ids, report, save_logits, seconds
-from llama_cpp import llama_cpp as L
+
+OPTIONS = arguments(
+    ("dense", str, "q8"), ("kv", str, "q8_0"), ("ubatch", int, CHUNK_TOKENS), ("lib", str, "")
+)  # before the import, which looks for the libraries
+if OPTIONS.lib:
+    os.environ["LLAMA_CPP_LIB_PATH"] = OPTIONS.lib
+
+import llama_cpp  # noqa: E402
+from llama_cpp import llama_cpp as L  # noqa: E402
 
 TYPES = {"f16": 1, "q8_0": 8}
 LONGEST_FILL = 4096
@@ -69,8 +76,7 @@ class Llama:
 
 
 def main() -> None:
-    options = arguments(("dense", str, "q8"), ("kv", str, "q8_0"), ("ubatch", int, CHUNK_TOKENS))
-    result = globals()[options.task](options)
+    result = globals()[OPTIONS.task](OPTIONS)
     report(**result, peak_mb=memory_mb(), version=llama_cpp.__version__)
 
 
@@ -123,8 +129,6 @@ def memory(options: argparse.Namespace) -> dict[str, object]:
 def cache_mib(options: argparse.Namespace, n_ctx: int) -> float:
     """What llama.cpp says it set aside for rows of the context."""
     lines = "".join(Llama(options, n_ctx).lines)
-    if os.environ.get("TENFOLD_LLAMA_LOG"):
-        print(lines)
     return sum(float(size) for size in re.findall(r"(?:KV|kv|state|cache)\S* buffer size = +([\d.]+) MiB", lines))
 
 
