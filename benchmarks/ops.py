@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from kernels.cases import Case, Contender, cases
+from quiet import Watch
 from torch import Tensor
 
 from tenfold import _native, peaks
@@ -95,7 +96,7 @@ def gate(contender: Contender, expected: Tensor) -> float:
 def timed(case: Case, errors: dict[str, float], limits: peaks.MeasuredPeaks) -> list[dict[str, str]]:
     """The rows of a case; contenders take turns."""
     times: dict[str, list[float]] = {contender.name: [] for contender in case.contenders}
-    read, reads = reader(case.contenders[0].num_bytes), []
+    read, reads, watch = reader(case.contenders[0].num_bytes), [], Watch()
     for number in range(RUNS):
         reads.append(seconds(read))
         for contender in case.contenders:
@@ -104,10 +105,12 @@ def timed(case: Case, errors: dict[str, float], limits: peaks.MeasuredPeaks) -> 
                 time.sleep(PAUSE_S)
                 spent.append(seconds(contender.run))
     ours_s = min(statistics.median(spent) for name, spent in times.items() if name.startswith("tenfold"))
+    disturbed = f"{watch.disturbed_cpus():.2f}"
     beside = " ".join(name for name in dict.fromkeys(each.library for each in case.contenders) if name)
     limits = replace(limits, read_bytes_per_s=case.contenders[0].num_bytes / statistics.median(reads))
     rows = [
-        row(case, each, times[each.name], errors[each.name], ours_s, limits) | {"beside": beside}
+        row(case, each, times[each.name], errors[each.name], ours_s, limits)
+        | {"disturbed_cpus": disturbed, "beside": beside}
         for each in case.contenders
     ]
     for found in rows:

@@ -93,7 +93,7 @@ def _linears(config: ModelConfig, ggml: Ggml | None) -> Iterator[Planned]:
             yield f"linear {part} {kind.name}", n, lambda n=n, s=shape, k=kind: _linear(s, k, n, ggml)
     for n in (1, 4):
         shape = HEAD_ROWS, config.hidden_size
-        yield "linear head, one eighth, bf16", n, lambda n=n, s=shape: _linear(s, BF16, n, None)
+        yield "linear eighth of head bf16", n, lambda n=n, s=shape: _linear(s, BF16, n, None)
 
 
 def _shape(config: ModelConfig, part: str) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def _linear(shape: tuple[int, int], form: WeightFormat, n: int, ggml: Ggml | Non
     if form is MXFP4:
         contenders.append(Contender("tenfold int8", each(cpu_int8.linear), ROUNDED, "int8", stored))
     contenders.append(
-        Contender("torch, unpacked", _torch_products(x, dense), EXACT, "float32", 4 * count * dense[0].numel())
+        Contender("torch on float32 weights", _torch_products(x, dense), EXACT, "float32", 4 * count * dense[0].numel())
     )
     if ggml is not None:
         contenders.append(_of_ggml(ggml, weights, x, repacked=False))
@@ -163,11 +163,11 @@ def _others(config: ModelConfig) -> Iterator[Planned]:
         if isinstance(config, DeepseekV4Config):
             window = config.sliding_window
             yield f"attention {window} + {config.index_topk} chosen", n, lambda n=n: _attention(config, n)
-            yield "attention window + 8,192 of HCA", n, lambda n=n: _attention_hca(config, n)
+            yield "attention window + 8192 of HCA", n, lambda n=n: _attention_hca(config, n)
         else:
-            yield f"attention {config.index_topk} chosen, absorbed", n, lambda n=n: _attention(config, n)
+            yield f"attention {config.index_topk} chosen", n, lambda n=n: _attention(config, n)
     for n, rows in ((1, 262_144), (64, 32_768)):
-        yield f"select {config.index_topk} of {rows:,}", n, lambda n=n, r=rows: _select(config, n, r)
+        yield f"select {config.index_topk} of {rows}", n, lambda n=n, r=rows: _select(config, n, r)
     if isinstance(config, DeepseekV4Config):
         for n in (1, 512):
             yield "hyper-connection mix and merge", n, lambda n=n: _hyper(config, n)
@@ -244,7 +244,9 @@ def _attention_over(config: ModelConfig, layout: RowLayout, sources: list[Rows],
         "float32",
         num_bytes,
     )
-    theirs = Contender("torch, unpacked", eager, EXACT, "float32", num_bytes // layout.row_bytes * 4 * layout.width)
+    theirs = Contender(
+        "torch eager on float32 rows", eager, EXACT, "float32", num_bytes // layout.row_bytes * 4 * layout.width
+    )
     return (
         lambda: reference.sparse_attention(q, sources, None, scale, value_dim, 0),
         2 * n * heads * seen * (layout.width + value_dim),

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from quiet import Watch
 
 CHUNK_TOKENS = 512
 WARM_STEPS, STEPS = 4, 24
@@ -75,19 +78,9 @@ def save_logits(work: Path, engine: str, tokens: int, logits: np.ndarray) -> dic
     return {"logits": path.name}
 
 
-def busy_s() -> tuple[float, float]:
-    """CPU seconds of the whole machine without idling, and of this process."""
-    fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
-    whole = sum(int(field) for field in fields[:3]) / os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return whole, own.user + own.system
-
-
-_began_s, _began = time.perf_counter(), busy_s()
+_watch = Watch()
 
 
 def report(**values: object) -> None:
     """`disturbed`: CPUs that others kept busy meanwhile."""
-    whole, own = (now - then for now, then in zip(busy_s(), _began, strict=True))
-    disturbed = max(0.0, whole - own) / (time.perf_counter() - _began_s)
-    print(json.dumps(values | {"disturbed": round(disturbed, 3)}), flush=True)
+    print(json.dumps(values | {"disturbed": round(_watch.disturbed_cpus(), 3)}), flush=True)

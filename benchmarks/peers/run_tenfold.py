@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 from common import CHUNK_TOKENS, arguments, decode_steps, memory_mb, random_ids, report, save_logits, seconds
+from contexts import pretend
 
 import tenfold
 from tenfold.engine import Engine, Session
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from contexts import pretend
 
 RUNS = 3
 
