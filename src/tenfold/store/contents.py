@@ -55,7 +55,9 @@ def encode_segment(
     stop = start + len(tokens)
     facts = {"kind": "segment", "key": key, "digest": timeline.digest, "model": timeline.name, "parent": parent,
              "start": start, "stop": stop}  # fmt: skip
-    arrays: list[tuple[str, str, Sequence[int], memoryview]] = [("tokens", "int32", (len(tokens),), _memory(tokens.astype("<i4", copy=False)))]
+    arrays: list[tuple[str, str, Sequence[int], memoryview]] = [
+        ("tokens", "int32", (len(tokens),), _memory(tokens.astype("<i4", copy=False)))
+    ]
     for spec in timeline.growing:
         packed = rows[spec.layer, spec.name]
         shape = (spec.rows_at(stop) - spec.rows_at(start), timeline.row_bytes[spec.layer, spec.name])
