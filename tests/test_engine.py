@@ -19,7 +19,7 @@ from torch import Tensor
 from tenfold import Engine, SamplingParams, ops
 from tenfold import config as configuration
 from tenfold.engine import Session, parse_bytes
-from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, UsageError
+from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, StoreError, UsageError
 from tenfold.machine import this_machine
 from tenfold.synth import synth
 
@@ -632,7 +632,7 @@ def test_arguments_of_load_are_checked(folders: dict[str, Path], tmp_path: Path)
         ({"backend": "triton"}, BackendMissing, "triton"),
         ({"memory": "lots"}, UsageError, "'lots'"),
         ({"memory": 0}, UsageError, "'?0"),
-        ({"store": "x"}, UsageError, "store"),
+        ({"store": __file__}, StoreError, "test_engine"),
         ({"threads": 0}, UsageError, "threads is 0"),
         ({"threads": 100_000}, UsageError, "threads is 100000"),
     ):

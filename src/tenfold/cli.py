@@ -10,9 +10,7 @@ import functools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -21,12 +19,9 @@ import typer
 from tenfold.errors import InputError, TenfoldError, UsageError
 
 if TYPE_CHECKING:
-    from tenfold.chat import Profile
-    from tenfold.completion import Completion
-    from tenfold.engine import Engine, Session
+    from tenfold.budget import Need
     from tenfold.sampler import SamplingParams
-    from tenfold.terminal import ReadingClock
-    from tenfold.tokenizer import Tokenizer
+    from tenfold.talk import Talk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +39,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Backend = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
 Numerics = Annotated[str, typer.Option(help="deployed: KV, index keys and activations rounded; exact: none.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with (default: the physical cores).")]
-Memory = Annotated[str | None, typer.Option(help="Memory budget, such as 12G (default: half of what is free).")]
+Memory = Annotated[str | None, typer.Option(help="Most memory to take, such as 12G (default: most of what is free).")]
+StoreFolder = Annotated[Path | None, typer.Option("--store", help="Keep what was read in DIR (default: user cache).")]
+NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing on disk.")]
+StoreLimit = Annotated[str | None, typer.Option(help="Most bytes the store may take, such as 50G.")]
 Context = Annotated[int | None, typer.Option(help="Tokens the session may hold (default: the model's context).")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -133,6 +131,9 @@ def run(
     numerics: Numerics = "deployed",
     memory: Memory = None,
     threads: Threads = None,
+    store: StoreFolder = None,
+    no_store: NoStore = False,
+    store_limit: StoreLimit = None,
     as_json: Json = False,
 ) -> None:
     """Read a text, answer a question about it."""
@@ -151,8 +152,11 @@ def run(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    talk = _open(model, backend, numerics, memory, threads, context, profile)
+    talk = _open(model, backend, numerics, memory, threads, context, profile, (store, no_store, store_limit))
     ids = talk.render([{"role": "user", "content": prompt}], thinking=thinking, effort=effort)
+    plan = talk.plan(len(ids), max_tokens)
+    if not as_json:
+        _print_plan(plan)
     clock = talk.read(ids)
     completion = talk.complete(params, thinking, show=not as_json)
     if as_json:
@@ -181,6 +185,9 @@ def chat(
     numerics: Numerics = "deployed",
     memory: Memory = None,
     threads: Threads = None,
+    store: StoreFolder = None,
+    no_store: NoStore = False,
+    store_limit: StoreLimit = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model; each line is a message, an empty line or Ctrl-D ends."""
@@ -193,7 +200,7 @@ def chat(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    talk = _open(model, backend, numerics, memory, threads, context, profile)
+    talk = _open(model, backend, numerics, memory, threads, context, profile, (store, no_store, store_limit))
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while (line := _ask(quiet=as_json)) is not None:
         messages.append({"role": "user", "content": line})
@@ -352,70 +359,6 @@ def demo(
         _print_json(found)
 
 
-class _Talk:
-    """An engine with one session, its tokenizer and its chat grammar."""
-
-    def __init__(self, engine: Engine, session: Session, tokenizer: Tokenizer, profile: Profile) -> None:
-        self.engine, self.session, self.tokenizer, self.profile = engine, session, tokenizer, profile
-        self.message: dict[str, Any] = {}
-        self.decode_s = 0.0
-        self.reused_tokens = 0
-
-    def render(self, messages: list[dict[str, Any]], *, thinking: bool | None, effort: str | None) -> list[int]:
-        from tenfold.chat import render_ids
-
-        return render_ids(messages, self.profile, self.tokenizer, thinking=thinking, effort=effort)
-
-    def read(self, ids: list[int]) -> ReadingClock:
-        """Brings the session to `ids`, with a progress bar."""
-        from tenfold import completion, terminal
-
-        self.session.check_fits(len(ids))
-        with terminal.reading(len(ids)) as clock:
-            self.reused_tokens = completion.read(self.session, ids, progress=clock.advance)
-        return clock
-
-    def complete(self, params: SamplingParams, thinking: bool | None, *, show: bool) -> Completion:
-        """Samples an answer; with `show`, prints it as it comes."""
-        from tenfold import views
-        from tenfold.chat import Parser, message_of
-        from tenfold.completion import Completion
-
-        completion = Completion(self.session, self.tokenizer, Parser(self.profile, thinking), params)
-        began = time.monotonic()
-        events = []
-        for event in completion:
-            events.append(event)
-            if show:
-                views.show_event(event)
-        if show:
-            typer.echo()
-        self.decode_s = time.monotonic() - began
-        self.message = message_of(events)
-        return completion
-
-    def report(self, completion: Completion, clock: ReadingClock, num_prompt_tokens: int) -> dict[str, Any]:
-        """All that `--json` tells of one answer."""
-        tokens = len(completion.sampled)
-        return {
-            "message": self.message,
-            "finish_reason": completion.finish_reason,
-            "stop": completion.matched_stop,
-            "prompt_tokens": num_prompt_tokens,
-            "reused_tokens": self.reused_tokens,
-            "completion_tokens": tokens,
-            "logprobs": None if completion.params.logprobs is None else [asdict(one) for one in completion.sampled],
-            "prefill_s": round(clock.elapsed_s, 3),
-            "prefill_tps": round(clock.tokens_per_s, 2),
-            "decode_s": round(self.decode_s, 3),
-            "decode_tps": round(tokens / self.decode_s, 2) if self.decode_s else 0.0,
-            "kv_bytes": self.session.kv_bytes(),
-            "backend": self.engine.backend,
-            "numerics": "exact" if self.engine.exact else "deployed",
-            "profile": str(self.profile),
-        }
-
-
 def _open(
     model: str,
     backend: str,
@@ -424,16 +367,18 @@ def _open(
     threads: int | None,
     context: int | None,
     profile: str | None,
-) -> _Talk:
-    from tenfold import completion
-    from tenfold import config as configuration
-    from tenfold.engine import Engine, checked_numerics
+    keeping: tuple[Path | None, bool, str | None],
+) -> Talk:
+    from tenfold import talk
 
-    engine = Engine.load(model, backend, checked_numerics(numerics), memory, threads=threads)
-    folder = configuration.locate(model)
-    tokenizer = completion.load_tokenizer(folder, engine)
-    grammar = completion.profile_of(folder, engine, profile)
-    return _Talk(engine, engine.session(context), tokenizer, grammar)
+    store = talk.open_store(*keeping)
+    return talk.open_talk(model, backend, numerics, memory, threads, context, profile, store)
+
+
+def _print_plan(plan: Need) -> None:
+    from tenfold import views
+
+    views.show_plan(plan)
 
 
 def _sampling(**fields: Any) -> SamplingParams:

@@ -6,17 +6,18 @@ Joins the session with the tokenizer, the chat parser and stop strings. Knows no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tenfold import chat
 from tenfold.chat import Event, Parser, Profile
-from tenfold.engine import Engine, Progress, Session
+from tenfold.engine import Engine, Progress, Session, common_prefix
 from tenfold.errors import CheckpointError, InputError
 from tenfold.sampler import Sampled, SamplingParams, StopStrings
 from tenfold.tokenizer import Detokenizer, Tokenizer
 
-__all__ = ["Completion", "load_tokenizer", "profile_of", "read", "read_text"]
+__all__ = ["Completion", "Reading", "load_tokenizer", "profile_of", "read", "read_text"]
 
 
 def load_tokenizer(folder: Path, engine: Engine) -> Tokenizer:
@@ -47,16 +48,37 @@ def read_text(content: bytes, name: str) -> str:
     return text
 
 
-def read(session: Session, ids: Sequence[int], progress: Progress | None = None) -> int:
-    """Makes the session's timeline `ids`, keeping the prefix it shares; returns how many tokens were kept."""
-    shared = 0
-    for have, want in zip(session.tokens, ids, strict=False):
-        if have != want:
-            break
-        shared += 1
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Where a prompt came from: of its tokens `kept` were in the session already, `stored` came from the store.
+
+    `reason` says why the stored prefix went no further, where there is a store and not all came from it.
+    """
+
+    kept: int
+    stored: int
+    reason: str = ""
+
+    @property
+    def reused(self) -> int:
+        return max(self.kept, self.stored)
+
+
+def read(
+    session: Session, ids: Sequence[int], progress: Progress | None = None, begin: Progress | None = None
+) -> Reading:
+    """Makes the session's timeline `ids`; what the session or the store has of it is not read again.
+
+    `begin` is told how many tokens these are before the first of the others is read.
+    """
+    match = session.resume(ids)
+    shared = common_prefix(session.tokens, ids)
+    stored = shared if match is not None and match.position == shared == session.length else 0
     session.rewind(shared)
-    session.feed(ids[shared:], progress=progress)
-    return shared
+    if begin is not None:
+        begin(shared)
+    session.feed(ids[shared:], progress=None if progress is None else lambda done: progress(shared + done))
+    return Reading(0 if stored else shared, stored, "" if match is None else match.reason)
 
 
 class Completion:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,15 +24,17 @@ from tenfold.budget import Budget, Need, fit, longest
 from tenfold.config import ModelConfig
 from tenfold.counting import CountingOps, counting
 from tenfold.errors import ContextTooLong, InputError, UsageError
+from tenfold.keeping import Keeper, Kept, timeline_of
 from tenfold.machine import Machine, anonymous_bytes, this_machine
 from tenfold.models import Binder, Model, build
 from tenfold.planner import Work
 from tenfold.sampler import Sampled, Sampler, SamplingParams
 from tenfold.step import Span, Step
+from tenfold.store import Match, Store
 from tenfold.streams import RestorePoint, Streams
 from tenfold.weights import Weights, open_weights
 
-__all__ = ["Engine", "Session", "Snapshot", "checked_numerics", "parse_bytes"]
+__all__ = ["Engine", "Match", "Session", "Snapshot", "checked_numerics", "common_prefix", "parse_bytes"]
 
 Numerics = Literal["deployed", "exact"]
 """As the models were trained to run: KV rows and index keys quantised, a backend free to round activations; or all
@@ -40,6 +44,7 @@ _MAX_POINTS = 8
 _POINT_EVERY_TOKENS = 128
 
 _REPORT_EVERY_S = 0.2
+_KEEP_EVERY_S, _KEEP_EVERY_TOKENS = 10.0, 16384
 _LEAST_RESERVE_BYTES = 1 << 30
 
 Progress = Callable[[int], None]
@@ -74,6 +79,7 @@ class Engine:
         budget: Budget,
         chunk_tokens: int | None = None,
         counter: CountingOps | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -81,6 +87,7 @@ class Engine:
         self.exact = exact
         self.budget = budget
         self.chunk_tokens = chunk_tokens
+        self.keeper = keeper
         self._counter = counter
 
     @classmethod
@@ -90,7 +97,7 @@ class Engine:
         backend: str = "auto",
         numerics: Numerics = "deployed",
         memory: str | int | None = None,
-        store: None = None,
+        store: Store | str | Path | None = None,
         count: bool = False,
         threads: int | None = None,
     ) -> Engine:
@@ -100,11 +107,11 @@ class Engine:
         `count`, `counted` tells the work of the last pass. `threads` sets torch's pool, which the kernels share
         (default: as it is, but no more than the physical cores this process may use).
 
-        Raises ConfigError, CheckpointError, BackendMissing or UsageError. `store` is reserved for the disk store.
+        What sessions read is kept in `store`, a folder or an opened one (default: nowhere).
+
+        Raises ConfigError, CheckpointError, BackendMissing, StoreError or UsageError.
         """
         exact = checked_numerics(numerics) == "exact"
-        if store is not None:
-            raise UsageError("this version has no disk store yet; leave store at None")
         name, operations = ops.select(backend, exact=exact)
         machine = this_machine()
         allowed = _default_memory(machine) if memory is None else parse_bytes(memory)
@@ -122,7 +129,11 @@ class Engine:
         weights_bytes = sum(info.num_bytes for info in weights)
         streamed = weights_bytes > machine.ram_available_bytes
         budget = Budget(allowed, anonymous_bytes(), weights_bytes, streamed)
-        return cls(config, model, backend=name, exact=exact, budget=budget, counter=counter)
+        keeper = None
+        if store is not None:
+            opened = store if isinstance(store, Store) else Store(Path(store))
+            keeper = Keeper(opened, timeline_of(configuration.locate(source), config, weights, exact))
+        return cls(config, model, backend=name, exact=exact, budget=budget, counter=counter, keeper=keeper)
 
     @property
     def counted(self) -> tuple[Work, ...]:
@@ -232,9 +243,10 @@ class Session:
         self.context = need.context
         self.streams = Streams(engine.config, need.context, engine.exact)
         self.in_flight = False
-        self._tokens: list[int] = []
+        self._tokens = array("i")
         self._logits: Tensor | None = None
         self._points: list[_Point] = []
+        self._kept, self._kept_s = Kept(), time.monotonic()
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -256,6 +268,43 @@ class Session:
         """Bytes in use by component: window, csa, hca, mla, index_keys, state."""
         return self.streams.kv_bytes()
 
+    def resume(self, ids: Sequence[int]) -> Match | None:
+        """Makes the timeline the longest prefix of `ids` that the store can give back, if it is longer than the
+        prefix this session can rewind to; None without a store. The rest of `ids` is the caller's to feed."""
+        if self.engine.keeper is None:
+            return None
+        tokens = self._valid(ids)
+        self.check_fits(len(tokens))
+        match = self.engine.keeper.find(tokens)
+        if match.position <= self._shared(tokens):
+            return match
+        self._tokens, self._points, self._logits, self.in_flight = array("i"), [], None, True
+        self.streams.clear()
+        match, logits = self.engine.keeper.load(tokens, self.streams)
+        self._tokens, self._logits, self.in_flight = array("i", tokens[: match.position]), logits, False
+        self._kept = Kept(match.chain)
+        if logits is not None:
+            self._mark()
+        return match
+
+    def _shared(self, tokens: Sequence[int]) -> int:
+        """How far a rewind could keep this timeline: to the last restore point within the prefix it shares."""
+        shared = common_prefix(self._tokens, tokens)
+        if shared == self.length and not self.in_flight:
+            return shared
+        return max((p.streams.length for p in self._points if p.streams.length <= shared), default=0)
+
+    def keep(self, kind: Literal["end", "auto"] = "end") -> None:
+        """Stores what is new of this timeline, with a restore point here; nothing without a store."""
+        if self.engine.keeper is not None and self._tokens and not self.in_flight:
+            self.engine.keeper.keep(self._kept, self._tokens, self.streams, self.last_logits, kind)
+            self._kept_s = time.monotonic()
+
+    def _is_time_to_keep(self) -> bool:
+        """Often enough that little is lost, seldom enough that waiting for the disk does not show."""
+        late = time.monotonic() - self._kept_s > _KEEP_EVERY_S
+        return late or self.length - self._kept.length >= _KEEP_EVERY_TOKENS
+
     def feed(
         self, ids: Sequence[int], logits: Literal["last", "all"] = "last", progress: Progress | None = None
     ) -> Tensor:
@@ -270,10 +319,13 @@ class Session:
             output = self.engine._run({self: chunk}, every=logits == "all", tick=tick)
             if logits == "all":
                 collected.append(output)
+            if start + len(chunk) < len(tokens) and self._is_time_to_keep():
+                self.keep("auto")
             if progress is not None:
                 progress(start + len(chunk))
         if len(tokens) > 1:
             self._mark()
+            self.keep()
         return torch.cat(collected) if logits == "all" else self.last_logits
 
     def generate(self, params: SamplingParams) -> Iterator[Sampled]:
@@ -282,12 +334,15 @@ class Session:
         The end-of-sequence token is neither yielded nor read. Stop strings are the caller's: they need text.
         """
         sampler = Sampler(params, prompt=self.tokens)
-        for _ in range(min(params.max_tokens, self.context - self.length)):
-            sampled = sampler.sample(self.last_logits)
-            if sampled.id in self.engine.config.eos_token_id and not params.ignore_eos:
-                return
-            yield sampled
-            self.feed([sampled.id])
+        try:
+            for _ in range(min(params.max_tokens, self.context - self.length)):
+                sampled = sampler.sample(self.last_logits)
+                if sampled.id in self.engine.config.eos_token_id and not params.ignore_eos:
+                    return
+                yield sampled
+                self.feed([sampled.id])
+        finally:
+            self.keep()
 
     def rewind(self, length: int) -> None:
         """Back to the first `length` tokens: the nearest restore point before, then what is missing is read again."""
@@ -296,12 +351,13 @@ class Session:
         if length == self.length and not self.in_flight:
             return
         tokens = self._tokens[:length]
+        self._kept.cut(length)
         self._points = [point for point in self._points if point.streams.length <= length]
         try:
             self._restore_nearest()
             missing = tokens[self.length :]
             for start in range(0, len(missing), self.need.chunk_tokens):
-                self.engine._run({self: missing[start : start + self.need.chunk_tokens]}, every=False)
+                self.engine._run({self: missing[start : start + self.need.chunk_tokens].tolist()}, every=False)
         except BaseException:
             # Cut short as well: the tokens are what was asked for, and the next use reads what the streams lack.
             self._tokens, self.in_flight = tokens, True
@@ -319,7 +375,8 @@ class Session:
             raise UsageError("the snapshot belongs to another engine; restore it into a session of that one")
         if len(state.tokens) > self.context:
             raise ContextTooLong(f"the snapshot holds {len(state.tokens):,} tokens, this session {self.context:,}")
-        self._tokens, self._points, self.in_flight = list(state.tokens), [], True  # until the streams have followed
+        self._tokens, self._points = array("i", state.tokens), []
+        self._kept, self.in_flight = Kept(), True  # until the streams have followed
         self.streams.restore_rows(state.rows)
         self.streams.restore(state.point)
         self._logits, self.in_flight = state.logits, False
@@ -327,6 +384,13 @@ class Session:
 
     def accept(self, ids: Sequence[int], allow_empty: bool = False) -> list[int]:
         """The ids as a list, if each is a token of the model and all fit the context."""
+        tokens = self._valid(ids)
+        if not tokens and not allow_empty:
+            raise InputError("no tokens to read; give at least one")
+        self.check_fits(self.length + len(tokens))
+        return tokens
+
+    def _valid(self, ids: Sequence[int]) -> list[int]:
         try:
             tokens = [index(token) for token in ids]
         except TypeError:
@@ -335,9 +399,6 @@ class Session:
         wrong = next((token for token in tokens if not 0 <= token < vocab), None)
         if wrong is not None:
             raise InputError(f"token id {wrong} is outside the vocabulary, expected 0 to {vocab - 1}")
-        if not tokens and not allow_empty:
-            raise InputError("no tokens to read; give at least one")
-        self.check_fits(self.length + len(tokens))
         return tokens
 
     def check_fits(self, num_tokens: int) -> None:
@@ -354,7 +415,7 @@ class Session:
 
     def advance(self, ids: list[int], logits: Tensor) -> None:
         """Takes the tokens of a finished pass into the timeline."""
-        self._tokens += ids
+        self._tokens.extend(ids)
         self._logits = logits.clone()
         self.in_flight = False
         last = self._points[-1].streams.length if self._points else 0
@@ -373,12 +434,19 @@ class Session:
         self.in_flight = False
         if not self._points:
             self.streams.clear()
-            self._tokens, self._logits = [], None
+            self._tokens, self._logits = array("i"), None
             return
         point = self._points[-1]
         self.streams.restore(point.streams)
         del self._tokens[point.streams.length :]
         self._logits = point.logits
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    length = min(len(one), len(other))
+    differ = np.asarray(one[:length]) != np.asarray(other[:length])
+    return int(differ.argmax()) if differ.any() else length
 
 
 def _throttled(progress: Progress, start: int, num_tokens: int) -> Callable[[float], None]:

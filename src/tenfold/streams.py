@@ -60,6 +60,10 @@ class WindowRing:
             start += slots.shape[0]
         return pool
 
+    def live_slots(self, length: int) -> int:
+        """How many slots, from the first, hold a row after `length` tokens."""
+        return min(length, self.window)
+
     def _slots(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """Views of the slots of `count` positions from `position`: up to the ring's end, then from its start."""
         first = position % self.window
@@ -84,6 +88,10 @@ class CompressorState:
         width = self.data.shape[1] // 2
         self.data[:, :width] = 0.0
         self.data[:, width:] = -torch.inf
+
+    def live_slots(self, length: int) -> int:
+        """How many slots, from the first, count after `length` tokens."""
+        return (self.ratio if self.overlap else 0) + length % self.ratio
 
     def extend(self, values: Tensor, gates: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Adds tokens from `position`; returns the groups completed, [groups, ratio, width] of values and gates.
@@ -155,6 +163,21 @@ class Streams:
         for key, data in self._fixed():
             data.copy_(point.fixed[key])
         self._cut(point.length)
+
+    def live_state(self, length: int) -> dict[tuple[int, str], Tensor]:
+        """What a restore point at `length` tokens has to hold, as views: filled slots of rings, pending tokens."""
+        return {
+            key: s.data[: s.live_slots(length)] for key, s in self._streams.items() if not isinstance(s, GrowingRows)
+        }
+
+    def restore_live(self, length: int, state: Mapping[tuple[int, str], Tensor]) -> None:
+        """Rings and compressor state of a stored restore point; the growing rows are there already."""
+        self.clear()
+        for key, data in state.items():
+            stream = self._streams[key]
+            assert not isinstance(stream, GrowingRows)
+            stream.data[: data.shape[0]] = data
+        self._cut(length)
 
     def clear(self) -> None:
         """Back to no tokens at all."""

@@ -10,10 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-__all__ = ["ReadingClock", "about", "bytes_text", "duration_text", "out", "reading", "table", "talk"]
+__all__ = ["ReadingClock", "about", "bytes_text", "duration_text", "out", "reading", "table", "talk", "warn"]
 
 out = Console(highlight=False)
 talk = Console(stderr=True, highlight=False)
+
+
+def warn(message: str) -> None:
+    """A warning on stderr; the command goes on."""
+    talk.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
 def bytes_text(count: float) -> str:
@@ -42,10 +47,17 @@ class ReadingClock:
     """
 
     def __init__(self, total: int, show: Callable[[ReadingClock], None] | None = None) -> None:
-        self.total, self.done = total, 0
+        self.total, self.done, self.skipped = total, 0, 0
         self._show = show
         self._began = self._last = time.monotonic()
         self._chunks: list[tuple[float, float, float]] = []  # middle position, seconds a token, tokens
+
+    def begin(self, done: int) -> None:
+        """Says that the first `done` tokens need not be read."""
+        self.done = self.skipped = done
+        self._began = self._last = time.monotonic()
+        if self._show is not None:
+            self._show(self)
 
     def advance(self, done: int) -> None:
         """Says that the first `done` tokens are read."""
@@ -63,7 +75,7 @@ class ReadingClock:
     @property
     def tokens_per_s(self) -> float:
         """Over all that was read."""
-        return self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+        return (self.done - self.skipped) / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
     @property
     def eta_s(self) -> float | None:

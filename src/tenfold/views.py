@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tenfold.budget import Need
 from tenfold.chat import Event
 from tenfold.terminal import bytes_text, duration_text, out, table, talk
 
@@ -25,8 +26,36 @@ def show_event(event: Event) -> None:
     sys.stdout.flush()
 
 
+def show_plan(need: Need) -> None:
+    """Two lines on stderr before anything is read: the memory this will take, and for what."""
+    parts = (
+        ("program", need.base_bytes),
+        ("KV", need.kv_bytes),
+        ("restore points", need.points_bytes),
+        ("residual", need.residual_bytes),
+        ("scratch", need.scratch_bytes),
+    )
+    told = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts)
+    talk.print(
+        f"plan: {need.context:,} tokens in chunks of {need.chunk_tokens:,}; memory {bytes_text(need.total_bytes)}"
+        f" ({told}), beside {bytes_text(need.weights_bytes)} of mapped weights",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def show_prefix(report: Mapping[str, Any]) -> None:
+    """What of the prompt came from the store, and why no more."""
+    if not report["prefix_ends"]:
+        return
+    stored, total = report["stored_tokens"], report["prompt_tokens"]
+    why = "" if stored == total else f"; {report['prefix_ends']}"
+    talk.print(f"prefix: {stored:,} of {total:,} tokens from the store{why}", style="dim", soft_wrap=True)
+
+
 def show_summary(report: Mapping[str, Any]) -> None:
-    """One line on stderr about a finished answer."""
+    """What a finished answer took, on stderr."""
+    show_prefix(report)
     kv_bytes = sum(report["kv_bytes"].values())
     talk.print(
         f"read {report['prompt_tokens'] - report['reused_tokens']:,} tokens in {duration_text(report['prefill_s'])}"

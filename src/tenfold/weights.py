@@ -10,6 +10,7 @@ the lost pages are touched, as it does for every memory-mapped file.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import warnings
@@ -30,6 +31,7 @@ from tenfold.shards import Problems, Shard, Stored, StoredTensor, open_regular, 
 
 __all__ = ["TensorInfo", "Weights", "open_weights"]
 
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _STORED_AS = {MXFP4.name: ("I8", "U8", "F4"), I64.name: ("I64", "I32")}
 """Where a format may lie under another dtype than its own: packed nibbles, and ids of 32 bits."""
 
@@ -97,6 +99,18 @@ class Weights:
             data = data.to(torch.int64)
             self._check_ids(name, data)
         return Weight(name, item.spec.shape, item.format, data, self._view(item.scale) if item.scale else None)
+
+    def sample(self) -> bytes:
+        """A digest of every tensor's name, format and place and of some of each shard's bytes: tells models apart."""
+        what = hashlib.sha256()
+        for info in self:
+            what.update(f"{info.name}|{info.shape}|{info.format}|{info.num_bytes}|".encode())
+        for name in sorted(self._shards):
+            octets = self._shards[name].octets
+            step = max(_SAMPLE_BYTES, octets.shape[0] // _SAMPLES)
+            for start in range(0, octets.shape[0], step):
+                what.update(octets[start : start + _SAMPLE_BYTES].numpy().tobytes())
+        return what.digest()
 
     def finish(self) -> None:
         """Says that all tensors are bound; one that nobody took is an error."""

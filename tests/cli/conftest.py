@@ -40,3 +40,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(config.locate("tiny-v4-flash") / name, folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes to the user's own store."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
