@@ -80,12 +80,6 @@ inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, a, x), b, y);
 }
 
-// From two scales of each row, beside each other: the first for the first half of its lanes, the second for the rest.
-inline Floats halves(const float* from) {
-    const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(from)), which);
-}
-
 inline __m256 row_of(Floats v, int side) {
     return side == 0 ? _mm512_castps512_ps256(v) : _mm512_extractf32x8_ps(v, 1);
 }
@@ -117,12 +111,6 @@ inline Ints beside(const uint8_t* const* rows, int64_t offset) {
 inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
     return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-
-inline Floats halves(const float* from) {
-    const __m256i which = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    const __m256d two = _mm256_broadcast_sd(reinterpret_cast<const double*>(from));
-    return _mm256_permutevar_ps(_mm256_castpd_ps(two), which);
 }
 
 inline __m256 row_of(Floats v, int) { return v; }

@@ -85,6 +85,9 @@ void quantise(const float* x, Pair& pair, int half) {
     set_block(pair, half, step.half, sum_of(sums));
 }
 
+// The scales of a panel of the rows that share a vector: of each row two, for the halves of its lanes.
+#ifdef __AVX512VNNI__
+
 // Eight e8m0 bytes as numbers; 0 is subnormal and 255 is NaN, which shifting alone would both miss.
 inline __m256 powers_of(const uint8_t* codes) {
     const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
@@ -92,27 +95,53 @@ inline __m256 powers_of(const uint8_t* codes) {
     return _mm256_castsi256_ps(_mm256_or_si256(number, _mm256_cmpeq_epi32(wide, _mm256_set1_epi32(255))));
 }
 
-// The scales of `count` blocks of each of the rows that share a vector, as `halves` reads them: two of each row by turns.
-inline void set_scales(const uint8_t* const* scale, int64_t first, int64_t count, float* to) {
-    for (int64_t block = 0; block < count; block += 8) {
-        __m256 rows[kSide];
-        for (int side = 0; side < kSide; ++side) {
-            uint8_t rest[8] = {};
-            const uint8_t* from = scale[side] + first + block;
-            if (count - block < 8) from = static_cast<uint8_t*>(std::memcpy(rest, from, static_cast<size_t>(count - block)));
-            rows[side] = powers_of(from);
-        }
-        float* at = to + kSide * block;
-        if constexpr (kSide == 1) {
-            _mm256_storeu_ps(at, rows[0]);
-        } else {
-            const __m256d a = _mm256_castps_pd(rows[0]), b = _mm256_castps_pd(rows[kSide - 1]);
+class Scales {
+public:
+    void set(const uint8_t* const* rows, int64_t first, int64_t count) {
+        for (int64_t block = 0; block < count; block += 8) {
+            const __m256d a = eight(rows[0] + first, block, count), b = eight(rows[1] + first, block, count);
             const __m256d low = _mm256_unpacklo_pd(a, b), high = _mm256_unpackhi_pd(a, b);
-            _mm256_storeu_pd(reinterpret_cast<double*>(at), _mm256_permute2f128_pd(low, high, 0x20));
-            _mm256_storeu_pd(reinterpret_cast<double*>(at + 8), _mm256_permute2f128_pd(low, high, 0x31));
+            double* to = reinterpret_cast<double*>(numbers_ + 2 * block);
+            _mm256_storeu_pd(to, _mm256_permute2f128_pd(low, high, 0x20));
+            _mm256_storeu_pd(to + 4, _mm256_permute2f128_pd(low, high, 0x31));
         }
     }
-}
+
+    Floats of(int64_t pair) const {
+        const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(numbers_ + 4 * pair)), which);
+    }
+    Floats of_half(int64_t pair) const { return of(pair); }
+
+private:
+    static __m256d eight(const uint8_t* row, int64_t block, int64_t count) {
+        uint8_t rest[8] = {};
+        if (count - block >= 8) return _mm256_castps_pd(powers_of(row + block));
+        std::memcpy(rest, row + block, static_cast<size_t>(count - block));
+        return _mm256_castps_pd(powers_of(rest));
+    }
+
+    float numbers_[4 * kPairs];  // two of the first row, two of the second, and so on
+};
+
+#else
+
+class Scales {
+public:
+    void set(const uint8_t* const* rows, int64_t first, int64_t) { row_ = rows[0] + first; }
+
+    Floats of(int64_t pair) const { return beside_each_other(row_[2 * pair], row_[2 * pair + 1]); }
+    Floats of_half(int64_t pair) const { return beside_each_other(row_[2 * pair], 127); }
+
+private:
+    static Floats beside_each_other(uint8_t first, uint8_t second) {
+        return _mm256_blend_ps(_mm256_set1_ps(scale_of(first)), _mm256_set1_ps(scale_of(second)), 0xF0);
+    }
+
+    const uint8_t* row_ = nullptr;
+};
+
+#endif
 
 // The bytes 2 w + 12 of two blocks and their scales, as the activations lie; of one weight row or of two.
 struct Weights {
@@ -120,20 +149,20 @@ struct Weights {
     Floats scale;
 };
 
-inline Weights decoded(Ints codes, const float* scales) {
+inline Weights decoded(Ints codes, Floats scale) {
     const Ints table = spread(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     const Ints mask = all_lanes(codes, 0x0F0F0F0F);
-    return {look_up(table, both(codes, mask)), look_up(table, both(down16(codes, 4), mask)), halves(scales)};
+    return {look_up(table, both(codes, mask)), look_up(table, both(down16(codes, 4), mask)), scale};
 }
 
 // The last pair where a row has an odd number of blocks: the activations of the missing one are zero.
-inline Weights half_pair(const uint8_t* const* codes, int64_t offset, const float* scales) {
+inline Weights half_pair(const uint8_t* const* codes, int64_t offset, Floats scale) {
     uint8_t rest[kSide][32] = {};
     const uint8_t* rows[kSide];
     for (int side = 0; side < kSide; ++side) {
         rows[side] = static_cast<uint8_t*>(std::memcpy(rest[side], codes[side] + offset, 16));
     }
-    return decoded(beside(rows, 0), scales);
+    return decoded(beside(rows, 0), scale);
 }
 
 inline Floats add_pair(const Weights& w, const Pair& x, Floats sum) {
@@ -154,14 +183,12 @@ struct Group {
     }
 };
 
-constexpr int64_t kScales = 2 * kSide * kPairs;  // of a panel, of the rows of a vector
-
 int64_t blocks_of(int64_t in, int64_t pair) { return smaller(2 * kPairs, in / 32 - 2 * pair); }
 
 // Few activation rows: weights go by once, decoded. The sums of `Rows` weight rows and `Tokens` activation rows, which
 // lie `width` apart, over one panel of `whole` pairs, and one more if half a pair is left.
 template <int Rows, int Tokens>
-inline void dot_rows(const uint8_t* const* codes, const float* scales, const Pair* x, int64_t width, int64_t pair,
+inline void dot_rows(const uint8_t* const* codes, const Scales* scales, const Pair* x, int64_t width, int64_t pair,
                      int64_t whole, int64_t next_bytes, Floats (*out)[Tokens]) {
     Floats sums[Rows / kSide][Tokens];
     for (auto& of_rows : sums) {
@@ -176,16 +203,22 @@ inline void dot_rows(const uint8_t* const* codes, const float* scales, const Pai
         }
 #pragma GCC unroll 4
         for (int v = 0; v < Rows / kSide; ++v) {
-            const Weights w = decoded(beside(codes + v * kSide, 32 * (pair + at)), scales + v * kScales + 2 * kSide * at);
+            const Weights w = decoded(beside(codes + v * kSide, 32 * (pair + at)), scales[v].of(at));
 #pragma GCC unroll 4
             for (int t = 0; t < Tokens; ++t) sums[v][t] = add_pair(w, x[t * width + at], sums[v][t]);
         }
     }
-    for (int v = 0; whole < width && v < Rows / kSide; ++v) {
-        const Weights w = half_pair(codes + v * kSide, 32 * (pair + whole), scales + v * kScales + 2 * kSide * whole);
-        for (int t = 0; t < Tokens; ++t) sums[v][t] = add_pair(w, x[t * width + whole], sums[v][t]);
+    if (whole < width) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Rows / kSide; ++v) {
+            const Weights w = half_pair(codes + v * kSide, 32 * (pair + whole), scales[v].of_half(whole));
+#pragma GCC unroll 4
+            for (int t = 0; t < Tokens; ++t) sums[v][t] = add_pair(w, x[t * width + whole], sums[v][t]);
+        }
     }
+#pragma GCC unroll 4
     for (int v = 0; v < Rows / kSide; ++v) {
+#pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) out[v][t] = sums[v][t];
     }
 }
@@ -194,13 +227,13 @@ template <int Tokens>
 TENFOLD_APART void dot_quad(const Product& p, const Group<kQuad>& rows, int64_t pair, int64_t row, int64_t last) {
     constexpr int kRows = Tokens <= 2 * kSide ? 4 : 2;  // as many sums at a time as the registers hold
     const int64_t in = p.weight.in, width = panel_width(in, pair), whole = smaller(width, in / 64 - pair);
-    float scales[kQuad / kSide][kScales];
     Floats sums[kQuad / kSide][Tokens];
-    for (int64_t v = 0; v < kQuad / kSide; ++v) {
-        set_scales(rows.scale + v * kSide, 2 * pair, blocks_of(in, pair), scales[v]);
-    }
     for (int r = 0; r < kQuad; r += kRows) {
-        dot_rows<kRows, Tokens>(rows.codes + r, scales[r / kSide], pair_row(p, pair, 0), width, pair, whole,
+        Scales scales[kRows / kSide];
+        for (int v = 0; v < kRows / kSide; ++v) {
+            scales[v].set(rows.scale + r + v * kSide, 2 * pair, blocks_of(in, pair));
+        }
+        dot_rows<kRows, Tokens>(rows.codes + r, scales, pair_row(p, pair, 0), width, pair, whole,
                                 kQuad * in / 2, sums + r / kSide);
     }
     for (int t = 0; t < Tokens; ++t) {
@@ -229,12 +262,12 @@ TENFOLD_APART void unpack(const Group<kSide>& rows, int64_t in, int64_t pair, co
                           int64_t next_pair, Weights* to) {
     const int64_t width = panel_width(in, pair), whole = smaller(width, in / 64 - pair);
     for (const uint8_t* codes : next.codes) prefetch_lines(codes + 32 * next_pair, 32 * whole);
-    float scales[kScales];
-    set_scales(rows.scale, 2 * pair, blocks_of(in, pair), scales);
+    Scales scales;
+    scales.set(rows.scale, 2 * pair, blocks_of(in, pair));
     for (int64_t at = 0; at < whole; ++at) {
-        *to++ = decoded(beside(rows.codes, 32 * (pair + at)), scales + 2 * kSide * at);
+        *to++ = decoded(beside(rows.codes, 32 * (pair + at)), scales.of(at));
     }
-    if (whole < width) *to = half_pair(rows.codes, 32 * (pair + whole), scales + 2 * kSide * whole);
+    if (whole < width) *to = half_pair(rows.codes, 32 * (pair + whole), scales.of_half(whole));
 }
 
 template <int Tokens>
