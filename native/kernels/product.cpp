@@ -448,9 +448,7 @@ void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t 
 }
 
 void multiply(const Product& product, int64_t first, int64_t last) {
-#ifdef __AVX2__
-    const KeepSubnormals keep;
-#endif
+    [[maybe_unused]] const KeepSubnormals keep{};
     switch (product.weight.format) {
         case Format::f32: return multiply_as<F32Row>(product, first, last);
         case Format::bf16: return multiply_as<Bf16Row>(product, first, last);

@@ -4,6 +4,9 @@
 #include "product.hpp"
 #include "scratch.hpp"
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 #ifdef __AVX2__
 #include "lanes.hpp"
 #endif
@@ -47,7 +50,7 @@ inline const float* panel_row(const Product& p, int64_t k, int64_t width, int64_
     return p.panels + p.panel_rows * k + (p.first_row + i) * width;
 }
 
-#ifdef __AVX2__
+#ifdef __SSE2__
 
 // While it lives, subnormal numbers are numbers on this thread, also after torch.set_flush_denormal(True): some codes
 // and scales are such, and threads must agree.
@@ -66,6 +69,14 @@ private:
     static constexpr uint32_t kFlush = 0x8040;  // results to zero, operands to zero
     uint32_t before_;
 };
+
+#else
+
+class KeepSubnormals {};
+
+#endif
+
+#ifdef __AVX2__
 
 // The sums of the eight lanes of four vectors: each ((0 + 2) + (1 + 3)) + ((4 + 6) + (5 + 7)).
 inline __m128 lane_sums(__m256 a, __m256 b, __m256 c, __m256 d) {

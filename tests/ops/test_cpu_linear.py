@@ -153,6 +153,62 @@ def test_every_fp8_code(isa: str, scale: int) -> None:
             torch.testing.assert_close(found, expected[:, column].expand(n, -1), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.fixture
+def subnormals_flushed() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@isa_cases
+def test_subnormal_codes_and_scales_count_even_where_torch_drops_such_numbers(
+    isa: str, subnormals_flushed: None
+) -> None:
+    tiny = weight(FP8_BLOCK, 40, 160)
+    tiny.data[:] = tiny.data & 0x87  # e4m3's own subnormal numbers and zeros
+    smallest = weight(MXFP4, 40, 160)
+    assert smallest.scale is not None
+    smallest.scale[:] = 0  # 2^-127
+    for w, size in ((tiny, 1.0), (smallest, 2.0**60)):
+        x = rows(5, 160) * size
+        flushed = [cpu_linear.linear(x[:n], w, isa=isa) for n in (1, 2, 5)]
+        torch.set_flush_denormal(False)
+        for n, found in zip((1, 2, 5), flushed, strict=True):
+            assert torch.equal(found, cpu_linear.linear(x[:n], w, isa=isa))
+        assert all(bool((found != 0).all()) for found in flushed)
+        torch.set_flush_denormal(True)
+
+
+@isa_cases
+def test_float_scales_that_are_powers_of_two_are_as_good_as_bytes(isa: str) -> None:
+    w = weight(FP8_BLOCK, 140, 640)
+    assert w.scale is not None
+    as_floats = Weight("w", w.shape, FP8_BLOCK_F32, w.data, torch.exp2(w.scale.float() - 127))
+    for n in (1, 2, 3, 4, 7):
+        assert torch.equal(
+            cpu_linear.linear(rows(n, 640), as_floats, isa=isa), cpu_linear.linear(rows(n, 640), w, isa=isa)
+        )
+
+
+@isa_cases
+def test_fp8_activations_and_scales_as_large_as_float32_holds(isa: str) -> None:
+    """Few rows take the scales on, 2^120 times; what that makes infinite is computed the long way."""
+    w, x = weight(FP8_BLOCK, 140, 640), rows(9, 640)
+    assert w.scale is not None
+    w.scale[0, 1], w.scale[1, 4] = 133, 200
+    x[0, ::3] *= 2.0**100
+    x[1, 130] = float("inf")
+    together, expected, sizes = cpu_linear.linear(x, w, isa=isa), law(x, w), sizes_of(x, w)
+    for n in (1, 2, 3, 4):
+        alone = torch.cat([cpu_linear.linear(x[i : i + n], w, isa=isa) for i in range(0, 9, n)])
+        assert torch.equal(alone.nan_to_num(), together.nan_to_num())
+        assert torch.equal(alone.isnan(), together.isnan())
+    sound = sizes < 1e38
+    assert sound.any(1).tolist() == [True, False, *[True] * 7]
+    assert ((together - expected).abs()[sound] <= 5e-7 * sizes[sound]).all()
+
+
 @isa_cases
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_a_nan_among_fp8_codes_makes_its_row_nan(isa: str, code: int) -> None:
@@ -397,6 +453,18 @@ def test_int8_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.cat([run(slice(i, i + 1)) for i in range(30)]), together)
     monkeypatch.setattr(cpu_linear, "_SLICE_NUMBERS", 13 * (160 + 3 * 544))
     assert torch.equal(run(slice(None)), together)
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512 with VNNI")
+def test_two_rows_side_by_side_have_the_bits_of_one() -> None:
+    for form in FORMATS:
+        for out, columns in ((1, 32), (5, 96), (139, 1056)):
+            w = weight(form, out, columns)
+            for n in (1, 2, 3, 4, 5, 13, 40):
+                x = rows(n, columns)
+                for int8 in (False, True):
+                    wide, narrow = (cpu_linear.linear(x, w, int8=int8, isa=isa) for isa in ("avx512", "avx2"))
+                    assert torch.equal(wide, narrow)
 
 
 def test_the_builds_agree() -> None:
