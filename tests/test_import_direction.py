@@ -20,7 +20,7 @@ LAYERS = (
     ("config", "formats", "checkpoint", "shards"),
     ("machine", "budget", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
     ("weights", "streams", "step", "sampler", "models", "quantise", "peaks", "counting"),
-    ("engine", "keeping", "store", "synth", "inspection", "doctor"),
+    ("engine", "keeping", "store", "synth", "inspection", "calibration", "doctor"),
     ("tenfold",),
     ("completion", "scheduler", "terminal"),
     ("protocol", "server", "views", "talk", "planner_views", "charts", "report"),

@@ -290,7 +290,11 @@ def plan(
 
 @app.command()
 @reported
-def doctor(threads: Threads = None, as_json: Json = False) -> None:
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure speeds and keep them for `plan`.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
     """Show what works on this machine, what is missing, and the command that mends it."""
     import torch  # noqa: F401  the native library takes its threads from torch
 
@@ -298,6 +302,8 @@ def doctor(threads: Threads = None, as_json: Json = False) -> None:
     from tenfold import views
 
     found = examination.examine(threads)
+    if measure:
+        found["measured"] = examination.measure()
     if as_json:
         _print_json(found)
     else:

@@ -1,4 +1,4 @@
-"""What works on this machine, what is missing, and the command that mends it. Measures no speed."""
+"""What works on this machine, what is missing, and the command that mends it. Speeds are `calibration`'s."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tenfold import _native
+from tenfold import _native, calibration
 from tenfold.errors import TenfoldError
 from tenfold.machine import Machine, this_machine
+from tenfold.planner.machines import store_measured
 
-__all__ = ["Check", "examine"]
+__all__ = ["Check", "examine", "measure"]
 
 _REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "deepseek-recipe", "huggingface_hub", "typer", "rich")
 _EXTRAS = {"serve": ("fastapi", "uvicorn", "llguidance"), "gpu": ("triton",), "test": ("pytest", "transformers")}
@@ -33,6 +34,12 @@ def examine(threads: int | None = None) -> dict[str, Any]:
     kernels = _kernels()
     checks = [_python(), *_packages(), kernels, _threads(machine, threads), *_backends(machine, kernels)]
     return {"machine": asdict(machine), "checks": [asdict(check) for check in checks]}
+
+
+def measure() -> dict[str, Any]:
+    """This machine's speeds, measured now and kept for `tenfold plan`."""
+    found = calibration.calibrate()
+    return asdict(found) | {"kept_in": str(store_measured(found))}
 
 
 def _python() -> Check:

@@ -134,6 +134,25 @@ def show_doctor(found: Mapping[str, Any]) -> None:
         out.print(f"{check['state']:<8} {check['name']:<18} {check['detail']}", soft_wrap=True)
         if check["mend"]:
             out.print(f"{'':<28}hint: {check['mend']}", soft_wrap=True, markup=False)
+    if "measured" in found:
+        _show_measured(found["measured"])
+
+
+def _show_measured(figures: Mapping[str, Any]) -> None:
+    """Speeds that were measured, and where they are kept."""
+    disk = figures["disk_bytes_per_s"]
+    rows = (
+        ("memory read", f"{figures['read_bytes_per_s'] / 1e9:,.1f} GB/s"),
+        ("float32", f"{figures['float32_flops_per_s'] / 1e9:,.0f} GFLOP/s"),
+        ("int8", f"{figures['int8_ops_per_s'] / 1e9:,.0f} Gop/s"),
+        ("disk read", "n/a" if disk is None else f"{disk / 1e9:,.2f} GB/s"),
+        ("a layer", f"{1e6 * figures['layer_floor_s']:,.0f} µs beyond these in each step"),
+        ("a token", f"{1e6 * figures['token_floor_s']:,.2f} µs a layer and 1,000 channels in long steps"),
+        ("an index key", f"{1e9 * figures['key_floor_s']:,.2f} ns a step"),
+    )
+    out.print(f"measured with {figures['threads']} threads, kept in {figures['kept_in']}", soft_wrap=True)
+    for name, value in rows:
+        out.print(f"{'':<9}{name:<14}{value}", soft_wrap=True)
 
 
 def show_written(found: Mapping[str, Any]) -> None:

@@ -9,12 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from tenfold.config import DeepseekV4Config, ModelConfig
 from tenfold.planner.anatomy import Anatomy
 from tenfold.planner.machines import Measured
 from tenfold.planner.serving import Fleet
 from tenfold.planner.work import Work, roofline_seconds, step_work
 
-__all__ = ["CHUNK_TOKENS", "Clock", "FleetClock", "LocalClock"]
+__all__ = ["CHUNK_TOKENS", "Clock", "FleetClock", "LocalClock", "residual_channels"]
+
+
+def residual_channels(config: ModelConfig) -> int:
+    """Channels of all residual streams of a token."""
+    return config.hidden_size * (config.hc_mult if isinstance(config, DeepseekV4Config) else 1)
+
 
 CHUNK_TOKENS = 4096
 """Tokens the engine takes through the network at a time."""
@@ -67,9 +74,10 @@ class LocalClock:
         peaks = self.measured.peaks
         reading = sum(peaks.seconds(w) for w in work if _is_read_bound(w, self.measured))
         layers = self.anatomy.layers
+        keys = sum(k.layers * ((position + num_tokens) // k.ratio) for k in self.anatomy.attention if k.index_heads)
         found = {
             "memory bandwidth": reading,
-            "compute": roofline_seconds(work, peaks) - reading,
+            "compute": roofline_seconds(work, peaks) - reading + keys * self.measured.key_floor_s,
             "fixed cost of layers": layers * self.measured.layer_floor_s
             + num_tokens * layers * self.channels / 1000 * self.measured.token_floor_s,
         }

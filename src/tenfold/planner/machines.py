@@ -56,7 +56,8 @@ class Measured:
     """What `tenfold doctor --measure` found here. Seconds a layer and a token are what no component counts.
 
     `layer_floor_s` is a layer's fixed cost in a step, `token_floor_s` what each token of a long step adds in a layer
-    for every 1,000 channels of its residual streams (norms, packing, mixing).
+    for every 1,000 channels of its residual streams (norms, packing, mixing). `key_floor_s` is what an index key takes
+    once a step beyond its scores (unpacking, ranking).
     """
 
     read_bytes_per_s: float
@@ -65,14 +66,16 @@ class Measured:
     disk_bytes_per_s: float | None
     layer_floor_s: float
     token_floor_s: float
+    key_floor_s: float
     cpu_model: str
     threads: int
     measured_on: str
-    notes: tuple[str, ...] = ()
 
     @property
     def peaks(self) -> Peaks:
-        return Peaks(self.read_bytes_per_s, self.float32_flops_per_s, self.int8_ops_per_s)
+        """With deployed numerics experts in MXFP4 are multiplied as integers, as fp4 index keys are."""
+        int8: frozenset[Precision] = frozenset({"fp4", "fp4xfp8"})
+        return Peaks(self.read_bytes_per_s, self.float32_flops_per_s, self.int8_ops_per_s, int8)
 
 
 @cache
@@ -125,7 +128,7 @@ def measured() -> Measured | None:
     """This machine's figures; None before the first measurement or where the file is of another version."""
     try:
         raw: dict[str, Any] = json.loads(measured_path().read_text(encoding="utf-8"))
-        return Measured(**raw | {"notes": tuple(raw.get("notes", ()))})
+        return Measured(**raw)
     except (OSError, ValueError, TypeError):
         return None
 

@@ -13,7 +13,7 @@ from tenfold.checkpoint import grouped
 from tenfold.config import DeepseekV4Config, ModelConfig
 from tenfold.errors import ContextTooLong, UsageError
 from tenfold.planner.anatomy import dissect, loaded
-from tenfold.planner.clocks import CHUNK_TOKENS, Clock, FleetClock, LocalClock
+from tenfold.planner.clocks import CHUNK_TOKENS, Clock, FleetClock, LocalClock, residual_channels
 from tenfold.planner.compare import Compared
 from tenfold.planner.machines import Hardware, measured
 from tenfold.planner.memory import kv_by_component, kv_bytes, kv_bytes_per_token, kv_fixed_bytes
@@ -173,7 +173,7 @@ def _clock(config: ModelConfig, fleet: Fleet, memory: dict[str, Any]) -> Clock:
         return FleetClock(fleet)
     found = measured()
     assert found is not None, "the hardware was made from it"
-    channels = config.hidden_size * (config.hc_mult if isinstance(config, DeepseekV4Config) else 1)
+    channels = residual_channels(config)
     return LocalClock(fleet.anatomy, found, channels, memory["streamed_share"])
 
 

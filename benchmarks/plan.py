@@ -1,0 +1,78 @@
+"""What `tenfold plan` predicts for this machine beside what the engine takes: decode and a chunk of prefill.
+
+    python benchmarks/plan.py [FOLDER]        (the embedded model without FOLDER)
+
+First `tenfold doctor --measure`'s figures are taken anew; contexts are random rows (`contexts.pretend`), prefill is
+one chunk of 2,048 tokens at that depth. Results: results/plan-NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from contexts import pretend
+from runs import commit, machine_name
+
+from tenfold import Engine
+from tenfold.calibration import calibrate
+from tenfold.engine import Session
+from tenfold.planner.anatomy import dissect, loaded
+from tenfold.planner.clocks import LocalClock, residual_channels
+
+CONTEXTS = (1024, 65_536, 1_000_000)
+CHUNK_TOKENS = 2048
+DECODES, CHUNKS = 15, 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="tiny-v4-flash")
+    folder = parser.parse_args().folder
+    measured = calibrate()
+    engine = Engine.load(folder, backend="cpu")
+    clock = LocalClock(dissect(engine.config, loaded), measured, residual_channels(engine.config))
+    rows = [row for context in CONTEXTS for row in compared(engine, clock, context)]
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    found = {"machine": machine_name(), "commit": commit(), "measured": asdict(measured), "rows": rows}
+    path = Path(__file__).parent / "results" / f"plan-{Path(folder).name}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def compared(engine: Engine, clock: LocalClock, context: int) -> list[dict[str, object]]:
+    session = engine.session()
+    pretend(session, context)
+    feed_s(session, 1)  # the first touch of weights and rows is not what is predicted
+    decode_s = statistics.median(feed_s(session, 1) for _ in range(DECODES))
+    predicted_s = clock.decode_s(session.length)
+    rows = [line("decode", context, decode_s, predicted_s)]
+    depth = session.length
+    chunk_s = statistics.median(feed_s(session, CHUNK_TOKENS) for _ in range(CHUNKS))
+    middle = depth + (CHUNKS // 2) * CHUNK_TOKENS
+    return [*rows, line("chunk", context, chunk_s, clock.prefill_s(middle, middle + CHUNK_TOKENS))]
+
+
+def feed_s(session: Session, tokens: int) -> float:
+    ids = [3 + i % 500 for i in range(tokens)]
+    began = time.perf_counter()
+    session.engine.step({session: ids})
+    return time.perf_counter() - began
+
+
+def line(what: str, context: int, measured_s: float, predicted_s: float) -> dict[str, object]:
+    return {
+        "what": what,
+        "context": context,
+        "measured_ms": round(1e3 * measured_s, 3),
+        "predicted_ms": round(1e3 * predicted_s, 3),
+        "predicted_over_measured": round(predicted_s / measured_s, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`tenfold doctor --measure`: figures come from what was timed, are kept, and plans use them. No speed is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tenfold import calibration, peaks
+from tenfold.cli import app
+from tenfold.peaks import MeasuredPeaks
+from tenfold.planner import machines
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks beyond any machine, few runs, a small file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(peaks, "measure", lambda: MeasuredPeaks(1e15, 1e17, 1e17))
+    for name, value in {"_CONTEXT": 130, "_DECODES": 3, "_CHUNKS": 1, "_CHUNK_TOKENS": 64, "_KEYS": 1 << 12}.items():
+        monkeypatch.setattr(calibration, name, value)
+    monkeypatch.setattr(calibration, "_DISK_BYTES", 1 << 22)
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_measures_and_keeps() -> None:
+    outcome = CliRunner().invoke(app, ["doctor", "--measure", "--json"])
+    found = json.loads(outcome.stdout)["measured"]
+    kept = machines.measured()
+    assert kept is not None
+    assert found["kept_in"] == str(machines.measured_path())
+    assert kept.read_bytes_per_s == found["read_bytes_per_s"] == 1e15
+    assert kept.disk_bytes_per_s is None or kept.disk_bytes_per_s > 0
+    # With such peaks all the time of a step is fixed cost.
+    assert kept.layer_floor_s > 0
+    assert kept.key_floor_s > 0
+    assert kept.token_floor_s >= 0
+    plan = CliRunner().invoke(app, ["plan", "tiny-v4-flash", "--context", "4K", "--json"])
+    time = json.loads(plan.stdout)["time"]
+    assert time["binding"] == "fixed cost of layers"
+    assert time["tokens_per_s"] <= 1 / (4 * kept.layer_floor_s)
+
+
+@pytest.mark.usefixtures("quick")
+def test_figures_are_shown_with_their_units() -> None:
+    text = CliRunner().invoke(app, ["doctor", "--measure"]).stdout
+    assert "1,000,000.0 GB/s" in text
+    assert "machine.json" in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_file_that_was_read_is_gone(tmp_path: Path) -> None:
+    calibration.calibrate()
+    assert not list(tmp_path.rglob("disk-*"))
