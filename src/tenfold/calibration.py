@@ -19,8 +19,9 @@ import torch
 from tenfold import _native, peaks
 from tenfold.config import ModelConfig
 from tenfold.engine import Engine, Session
-from tenfold.machine import this_machine
-from tenfold.ops import cpu
+from tenfold.formats import FP8_BLOCK, MXFP4, index_key_fp4
+from tenfold.machine import anonymous_bytes, this_machine
+from tenfold.ops import Weight, cpu, cpu_linear
 from tenfold.planner import roofline_seconds, step_work
 from tenfold.planner.anatomy import dissect
 from tenfold.planner.clocks import residual_channels
@@ -30,7 +31,8 @@ __all__ = ["calibrate"]
 
 _MODEL = "tiny-v4-flash"
 _CONTEXT, _DECODES, _CHUNKS, _CHUNK_TOKENS = 1024, 40, 3, 2048
-_KEYS, _KEY_TILE, _CALLS = 1 << 18, 1 << 12, 9
+_WIDTH, _ROWS, _QUERIES = 2048, 512, 8
+_KEYS, _KEY_TILE, _CALLS = 1 << 17, 1 << 12, 7
 _DISK_BYTES, _DISK_BLOCK = 1 << 28, 1 << 22
 
 
@@ -41,10 +43,14 @@ def calibrate() -> Measured:
         read_bytes_per_s=found.read_bytes_per_s,
         float32_flops_per_s=found.float32_flops_per_s,
         int8_ops_per_s=found.int8_ops_per_s,
+        float_product_flops_per_s=_float_product_flops_per_s(),
+        int8_product_ops_per_s=_int8_product_ops_per_s(),
+        index_ops_per_s=_index_ops_per_s(),
         disk_bytes_per_s=_disk_bytes_per_s(measured_path().parent),
         layer_floor_s=0.0,
         token_floor_s=0.0,
         key_floor_s=0.0,
+        base_bytes=0,
         cpu_model=this_machine().cpu_model,
         threads=_native.num_threads(),
         measured_on=datetime.date.today().isoformat(),
@@ -55,6 +61,7 @@ def calibrate() -> Measured:
 def _with_floors(measured: Measured) -> Measured:
     """Fits the two fixed costs: single steps give the layer's, long steps what is left for each token."""
     engine = Engine.load(_MODEL, backend="cpu")
+    base_bytes = anonymous_bytes()
     anatomy, channels = dissect(engine.config), residual_channels(engine.config)
     session = engine.session()
     session.feed([2] * _CONTEXT)
@@ -74,24 +81,56 @@ def _with_floors(measured: Measured) -> Measured:
         layer_floor_s=max(0.0, layer_s),
         token_floor_s=max(0.0, token_s),
         key_floor_s=max(0.0, key_s),
+        base_bytes=base_bytes,
     )
+
+
+def _float_product_flops_per_s() -> float:
+    """Many rows times FP8 weights, activations float32."""
+    codes = torch.randint(0, 0x70, (_WIDTH, _WIDTH), dtype=torch.uint8)  # no code is NaN
+    weight = Weight(
+        "probe", (_WIDTH, _WIDTH), FP8_BLOCK, codes, torch.full((_WIDTH // 128,) * 2, 127, dtype=torch.uint8)
+    )
+    x = torch.randn(_ROWS, _WIDTH)
+    return 2 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu.linear(x, weight))
+
+
+def _int8_product_ops_per_s() -> float:
+    """Many rows through one expert in MXFP4, activations int8."""
+    scale = torch.full((_WIDTH, _WIDTH // 32), 127, dtype=torch.uint8)
+    codes = [torch.randint(0, 256, (_WIDTH, _WIDTH // 2), dtype=torch.uint8) for _ in range(3)]
+    w1, w2, w3 = (Weight("probe", (_WIDTH, _WIDTH), MXFP4, code.view(torch.int8), scale) for code in codes)
+    x = torch.randn(_ROWS, _WIDTH)
+    return 6 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu_linear.feed_forward(x, w1, w2, w3, None, int8=True))
+
+
+def _index_ops_per_s() -> float:
+    """Several queries over keys of V4's own size: 64 heads of 128 channels."""
+    heads, dim = 64, 128
+    took_s = _select_s(_QUERIES, heads, dim, 512)
+    return 2 * _QUERIES * _KEYS * heads * dim / took_s
 
 
 def _key_floor_s(config: ModelConfig, measured: Measured) -> float:
-    """Seconds a key takes beyond its scores, from one query of the embedded model over many keys."""
-    layout = next(spec.layout for spec in config.streams if spec.component == "index_keys")
+    """Seconds a key takes beyond its scores, from one query of the embedded model, which has few heads."""
     heads, dim = config.index_n_heads, config.index_head_dim
-    generator = torch.Generator().manual_seed(0)
-    tile = cpu.pack_rows(torch.randn(_KEY_TILE, dim, generator=generator), layout)
-    keys = tile.repeat(_KEYS // _KEY_TILE, 1)
-    query = cpu.unpack_rows(cpu.pack_rows(torch.randn(heads, dim, generator=generator), layout), layout)[None]
-    weights, visible = torch.ones(1, heads), torch.tensor([_KEYS])
-    took_s = statistics.median(
-        _seconds(lambda: cpu.select_rows(query, weights, keys, layout, visible, config.index_topk))
-        for _ in range(_CALLS)
-    )
-    bound_s = 2 * _KEYS * heads * dim / measured.int8_ops_per_s
-    return (took_s - bound_s) / _KEYS
+    took_s = _select_s(1, heads, dim, config.index_topk)
+    return (took_s - 2 * _KEYS * heads * dim / measured.index_ops_per_s) / _KEYS
+
+
+def _select_s(queries: int, heads: int, dim: int, topk: int) -> float:
+    """Seconds to choose the best of many random keys."""
+    layout, generator = index_key_fp4(dim), torch.Generator().manual_seed(0)
+    keys = cpu.pack_rows(torch.randn(_KEY_TILE, dim, generator=generator), layout).repeat(_KEYS // _KEY_TILE, 1)
+    packed = cpu.pack_rows(torch.randn(queries, heads, dim, generator=generator), layout)
+    q, weights = cpu.unpack_rows(packed, layout), torch.ones(queries, heads)
+    visible = torch.full((queries,), _KEYS)
+    return _median_s(lambda: cpu.select_rows(q, weights, keys, layout, visible, topk))
+
+
+def _median_s(run: Callable[[], object]) -> float:
+    run()
+    return statistics.median(_seconds(run) for _ in range(_CALLS))
 
 
 def _timed(session: Session, num_tokens: int) -> float:

@@ -134,7 +134,7 @@ def show_plan(found: Mapping[str, Any]) -> None:
         ("embedding and tables", bytes_text(memory["weights"]["tables"])),
         ("KV cache, live", bytes_text(memory["kv_bytes"])),
         *((f"  {name}", bytes_text(count)) for name, count in memory["kv_by_component"].items()),
-        ("scratch", bytes_text(memory["scratch_bytes"])),
+        ("activations, process", bytes_text(memory["own_bytes"])),
         ("needed" + each, bytes_text(memory["needed_bytes"])),
         ("usable" + each, bytes_text(memory["device_bytes"])),
     ]
@@ -142,7 +142,7 @@ def show_plan(found: Mapping[str, Any]) -> None:
     out.print(_verdict(found), soft_wrap=True)
     out.print(
         f"On disk: checkpoint {bytes_text(memory['checkpoint_bytes'])}, the context "
-        f"{bytes_text(memory['kv_disk_bytes'])} and {bytes_text(memory['restore_point_bytes'])} a restore point.",
+        f"{bytes_text(memory['kv_bytes'])} and {bytes_text(memory['restore_point_bytes'])} a restore point.",
         soft_wrap=True,
     )
     if found["time"]:

@@ -24,7 +24,7 @@ def residual_channels(config: ModelConfig) -> int:
 
 
 CHUNK_TOKENS = 4096
-"""Tokens the engine takes through the network at a time."""
+"""Tokens taken through the network at a time, unless a budget says otherwise."""
 
 
 class Clock(Protocol):
@@ -66,6 +66,7 @@ class LocalClock:
     anatomy: Anatomy
     measured: Measured
     channels: int
+    chunk_tokens: int = CHUNK_TOKENS
     streamed_share: float = 0.0
 
     def _step_s(self, position: int, num_tokens: int) -> dict[str, float]:
@@ -91,8 +92,8 @@ class LocalClock:
         return sum(self._step_s(context - 1, 1).values())
 
     def prefill_s(self, start: int, stop: int) -> float:
-        starts = range(start, stop, CHUNK_TOKENS)
-        return sum(sum(self._step_s(p, min(CHUNK_TOKENS, stop - p)).values()) for p in starts)
+        starts = range(start, stop, self.chunk_tokens)
+        return sum(sum(self._step_s(p, min(self.chunk_tokens, stop - p)).values()) for p in starts)
 
     def binding(self, context: int) -> str:
         parts = self._step_s(context - 1, 1)

@@ -22,6 +22,8 @@ from tenfold.planner.work import Peaks
 
 __all__ = ["HERE", "Hardware", "Measured", "find", "known", "measured", "measured_path", "store_measured"]
 
+_FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16", "f32")
+
 HERE = "this"
 """The name under which this machine is asked for."""
 
@@ -53,29 +55,38 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `tenfold doctor --measure` found here. Seconds a layer and a token are what no component counts.
+    """What `tenfold doctor --measure` found here: peaks, what kernels reach, and costs that no component counts.
 
+    The kernels are FP8 weights with float32 activations, experts in MXFP4 with int8 activations, fp4 index scores.
     `layer_floor_s` is a layer's fixed cost in a step, `token_floor_s` what each token of a long step adds in a layer
     for every 1,000 channels of its residual streams (norms, packing, mixing). `key_floor_s` is what an index key takes
-    once a step beyond its scores (unpacking, ranking).
+    once a step beyond its scores (unpacking, ranking). `base_bytes` is the process with an engine and no session.
     """
 
     read_bytes_per_s: float
     float32_flops_per_s: float
     int8_ops_per_s: float
+    float_product_flops_per_s: float
+    int8_product_ops_per_s: float
+    index_ops_per_s: float
     disk_bytes_per_s: float | None
     layer_floor_s: float
     token_floor_s: float
     key_floor_s: float
+    base_bytes: int
     cpu_model: str
     threads: int
     measured_on: str
 
     @property
     def peaks(self) -> Peaks:
-        """With deployed numerics experts in MXFP4 are multiplied as integers, as fp4 index keys are."""
-        int8: frozenset[Precision] = frozenset({"fp4", "fp4xfp8"})
-        return Peaks(self.read_bytes_per_s, self.float32_flops_per_s, self.int8_ops_per_s, int8)
+        """With the rates that kernels reach; experts in MXFP4 and fp4 index keys are multiplied as integers."""
+        achieved: dict[Precision, float] = {
+            **dict.fromkeys(_FLOAT_PRECISIONS, self.float_product_flops_per_s),
+            "fp4xfp8": self.int8_product_ops_per_s,
+            "fp4": self.index_ops_per_s,
+        }
+        return Peaks(self.read_bytes_per_s, self.float32_flops_per_s, self.int8_ops_per_s, achieved=achieved)
 
 
 @cache

@@ -9,13 +9,14 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tenfold import budget
 from tenfold.checkpoint import grouped
-from tenfold.config import DeepseekV4Config, ModelConfig
-from tenfold.errors import ContextTooLong, UsageError
+from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
+from tenfold.errors import ContextTooLong, DoesNotFit, UsageError
 from tenfold.planner.anatomy import dissect, loaded
 from tenfold.planner.clocks import CHUNK_TOKENS, Clock, FleetClock, LocalClock, residual_channels
 from tenfold.planner.compare import Compared
-from tenfold.planner.machines import Hardware, measured
+from tenfold.planner.machines import Hardware, Measured, measured
 from tenfold.planner.memory import kv_by_component, kv_bytes, kv_bytes_per_token, kv_fixed_bytes
 from tenfold.planner.prices import Price, Workload, hosted_usd
 from tenfold.planner.serving import Fleet, usd_per_million
@@ -52,12 +53,17 @@ def plan(model: Compared, context: int, terms: Terms) -> dict[str, Any]:
     terms.check()
     _check_context(model, max(context, terms.workload.context if terms.workload else 0))
     fleet = Fleet(dissect(model.config, loaded), terms.hardware, terms.count, table_bytes(model.config))
-    memory = _memory(model, fleet, context)
+    here = measured() if terms.hardware.kind == "this" else None
+    fit = _fit_fleet(model, fleet, context) if here is None else _fit_here(model, fleet, context, here)
+    channels = residual_channels(model.config)
+    clock: Clock = FleetClock(fleet)
+    if here is not None:
+        clock = LocalClock(fleet.anatomy, here, channels, fit.chunk_tokens, fit.streamed_share)
     found: dict[str, Any] = {
         "model": model.name,
         "context": context,
         "machine": asdict(terms.hardware) | {"count": terms.count},
-        "memory": memory,
+        "memory": _memory(model, fleet, context, fit),
         "kv_read_bytes": sum(part.kv_bytes for part in step_work(fleet.anatomy, context - 1, 1)),
         "bytes_read": sum(part.bytes_read for part in step_work(fleet.anatomy, context - 1, 1)),
         "time": None,
@@ -65,15 +71,14 @@ def plan(model: Compared, context: int, terms: Terms) -> dict[str, Any]:
         "money": None,
         "workload": None,
     }
-    if memory["mode"] == "does not fit":
+    if fit.mode == "does not fit":
         return found
-    clock = _clock(model.config, fleet, memory)
     found["time"] = {
         "first_token_s": clock.prefill_s(0, context),
         "tokens_per_s": 1 / clock.decode_s(context),
         "binding": clock.binding(context),
     }
-    found["batch"] = _batch(fleet, context) if memory["mode"] == "resident" and terms.hardware.kind != "this" else None
+    found["batch"] = _batch(fleet, context) if here is None else None
     found["money"] = _money(model, found, terms)
     if terms.workload is not None:
         found["workload"] = _workload(clock, terms.workload, found["money"], terms)
@@ -94,87 +99,85 @@ def table_bytes(config: ModelConfig) -> int:
 
 
 def scratch_bytes(config: ModelConfig, chunk_tokens: int = CHUNK_TOKENS) -> int:
-    """Activations of a chunk on the way through a layer, float32."""
+    """Activations of a chunk on the way through a layer on a device, float32; this machine's come from `budget`."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     if isinstance(config, DeepseekV4Config):
         numbers = 3 * config.hc_mult * hidden + 4 * heads * config.head_dim
     else:
-        numbers = 4 * hidden + 4 * heads * 576
+        assert isinstance(config, DeepseekV32Config)
+        numbers = 4 * hidden + 4 * heads * (config.kv_lora_rank + config.qk_rope_head_dim)
     numbers += 3 * config.index_n_heads * config.index_head_dim + 4 * config.moe_intermediate_size
     return 4 * numbers * chunk_tokens
 
 
-def _memory(model: Compared, fleet: Fleet, context: int) -> dict[str, Any]:
-    """Per device: weights, session, scratch; whether it fits, and the longest context that does."""
-    scratch = scratch_bytes(model.config, 256 if fleet.hardware.kind == "this" else CHUNK_TOKENS)
-    usable = fleet.hardware.memory_bytes * (1.0 if fleet.hardware.kind == "this" else 1 - fleet.RESERVE)
-    held = kv_bytes(fleet.anatomy, context)
-    common = fleet.common_bytes + fleet.resident_bytes
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """Whether and how a session fits. `own_bytes` is all but weights and KV; `streamed_share` that of the experts."""
+
+    mode: str
+    usable_bytes: float
+    own_bytes: float
+    longest_context: int
+    chunk_tokens: int = CHUNK_TOKENS
+    streamed_share: float = 0.0
+
+
+def _fit_fleet(model: Compared, fleet: Fleet, context: int) -> _Fit:
+    usable, scratch = fleet.hardware.memory_bytes * (1 - fleet.RESERVE), scratch_bytes(model.config)
     room = usable - scratch - fleet.weight_bytes_each
-    streamable = fleet.hardware.disk_bytes_per_s is not None and fleet.count == 1
-    room_streamed = usable - scratch - common - _least_cache(fleet)
-    if room >= held:
-        mode, left = "resident", room
-    elif streamable and room_streamed >= held:
-        mode, left = "experts from disk", room_streamed
-    else:
-        mode, left = "does not fit", max(room, room_streamed) if streamable else room
-    missing = fleet.weight_bytes_each + held + scratch
+    low, high = 0, model.config.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if kv_bytes(fleet.anatomy, middle) <= room else (low, middle - 1)
+    return _Fit("resident" if low >= context else "does not fit", usable, scratch, low)
+
+
+def _fit_here(model: Compared, fleet: Fleet, context: int, measured: Measured) -> _Fit:
+    """By the engine's own budget. Mapped weights that memory does not hold are read from disk again and again."""
+    memory_bytes = int(fleet.hardware.memory_bytes)
+    checkpoint_bytes = fleet.common_bytes + fleet.resident_bytes + fleet.expert_bytes
+    given = budget.Budget(memory_bytes, measured.base_bytes, checkpoint_bytes, checkpoint_bytes > memory_bytes)
+    try:
+        longest = budget.longest(model.config, model.config.max_position_embeddings, given, exact=False)
+    except DoesNotFit:  # not even 128 tokens
+        return _Fit("does not fit", memory_bytes, measured.base_bytes, 0)
+    if context > longest.context:
+        return _Fit("does not fit", memory_bytes, longest.total_bytes - longest.kv_bytes, longest.context)
+    need = budget.fit(model.config, context, given)
+    room = memory_bytes - need.total_bytes - fleet.common_bytes - fleet.resident_bytes
+    share = 1 - min(1.0, max(0.0, room / fleet.expert_bytes))
+    mode = "experts from disk" if share else "resident"
+    return _Fit(mode, memory_bytes, need.total_bytes - need.kv_bytes, longest.context, need.chunk_tokens, share)
+
+
+def _memory(model: Compared, fleet: Fleet, context: int, fit: _Fit) -> dict[str, Any]:
+    """Per device: weights, session, the rest; whether it fits, and the longest context that does."""
+    held = kv_bytes(fleet.anatomy, context)
     return {
-        "mode": mode,
-        "device_bytes": usable,
+        "mode": fit.mode,
+        "device_bytes": fit.usable_bytes,
         "weights": {
             "routed_experts": fleet.expert_bytes / fleet.count,
             "other": fleet.common_bytes,
             "tables": fleet.resident_bytes,
         },
-        "weight_bytes_each": fleet.weight_bytes_each,
         "checkpoint_bytes": fleet.common_bytes + fleet.resident_bytes + fleet.expert_bytes,
         "kv_bytes": held,
         "kv_by_component": kv_by_component(fleet.anatomy, context),
         "kv_bytes_per_token": kv_bytes_per_token(fleet.anatomy),
-        "kv_disk_bytes": held,
         "restore_point_bytes": kv_fixed_bytes(fleet.anatomy),
-        "scratch_bytes": scratch,
-        "needed_bytes": missing,
-        "streamed_share": _streamed_share(fleet, room_streamed - held) if mode == "experts from disk" else 0.0,
-        "longest_context": _longest(model, fleet, left),
-        "least_devices": _least_devices(fleet, held + scratch, usable),
+        "own_bytes": fit.own_bytes,
+        "needed_bytes": fleet.weight_bytes_each + held + fit.own_bytes,
+        "streamed_share": fit.streamed_share,
+        "longest_context": fit.longest_context,
+        "least_devices": _least_devices(fleet, held + fit.own_bytes, fit.usable_bytes),
     }
-
-
-def _least_cache(fleet: Fleet) -> float:
-    """Room for the experts of one layer while they are in use."""
-    return fleet.expert_bytes / max(fleet.anatomy.layers, 1)
-
-
-def _streamed_share(fleet: Fleet, cache_bytes: float) -> float:
-    """The part of the routed experts that has to come from disk each time, with what is left as their cache."""
-    return 1 - min(1.0, (cache_bytes + _least_cache(fleet)) / fleet.expert_bytes)
-
-
-def _longest(model: Compared, fleet: Fleet, room: float) -> int:
-    """The longest context whose session fits into `room` bytes; 0 if not even the first token does."""
-    low, high = 0, model.config.max_position_embeddings
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if kv_bytes(fleet.anatomy, middle) <= room else (low, middle - 1)
-    return low
 
 
 def _least_devices(fleet: Fleet, session_bytes: float, usable: float) -> int | None:
     """Devices that hold the model with one session each; None where no number does."""
     room = usable - fleet.common_bytes - fleet.resident_bytes - session_bytes
     return math.ceil(fleet.expert_bytes / room) if room > 0 else None
-
-
-def _clock(config: ModelConfig, fleet: Fleet, memory: dict[str, Any]) -> Clock:
-    if fleet.hardware.kind != "this":
-        return FleetClock(fleet)
-    found = measured()
-    assert found is not None, "the hardware was made from it"
-    channels = residual_channels(config)
-    return LocalClock(fleet.anatomy, found, channels, memory["streamed_share"])
 
 
 def _batch(fleet: Fleet, context: int) -> dict[str, Any]:

@@ -72,15 +72,21 @@ NO_FP4 = Counting("fp8-equivalent without fp4 units", {**FP8_EQUIVALENT.by_preci
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """What a processor reaches at best. `int8` names the precisions that its kernels multiply as integers."""
+    """What a processor reaches at best. `int8` names the precisions that its kernels multiply as integers.
+
+    `achieved` holds the rates of kernels by precision where they are known and should count instead of the peaks.
+    """
 
     read_bytes_per_s: float
     float32_flops_per_s: float
     int8_ops_per_s: float
     int8: frozenset[Precision] = frozenset({"fp4"})
+    achieved: Mapping[Precision, float] = field(default_factory=dict)
 
     def of(self, precision: Precision) -> float:
         """Operations a second; a multiply-add is two."""
+        if precision in self.achieved:
+            return self.achieved[precision]
         return self.int8_ops_per_s if precision in self.int8 else self.float32_flops_per_s
 
     def seconds(self, work: Work) -> float:
