@@ -61,11 +61,24 @@ def test_a_ring_keeps_position_p_in_slot_p_mod_window(pattern: list[int]) -> Non
             assert positions(ring.data[place % 6]) == [place]
 
 
-def test_a_pool_does_not_change_when_the_ring_goes_on() -> None:
+@pytest.mark.parametrize("pattern", CHUNKINGS, ids=str)
+def test_a_restored_ring_goes_on_as_before(pattern: list[int]) -> None:
+    ring = WindowRing(BYTE_ROW, 6)
+    ring.extend(numbered(0, 11), 0)
+    kept = ring.data.clone()
+    ring.extend(numbered(11, 5), 11)
+    ring.restore(kept)
+    for position, count in cuts(40, pattern):
+        pool = ring.extend(numbered(11 + position, count), 11 + position)
+        assert positions(pool) == list(range(6 + position, 11 + position + count))
+
+
+def test_a_pool_that_fits_the_ring_is_a_view_of_it() -> None:
     ring = WindowRing(BYTE_ROW, 4)
-    pool = ring.extend(numbered(0, 3), 0)
-    ring.extend(numbered(3, 9), 3)
-    assert positions(pool) == [0, 1, 2]
+    ring.extend(numbered(0, 6), 0)
+    for position in range(6, 12):
+        pool = ring.extend(numbered(position, 1), position)
+        assert pool.data_ptr() == ring.data.data_ptr() + (position - 3) % 4 * BYTE_ROW.row_bytes
 
 
 # ---------------------------------------------------------------------------------------------- compressor state
@@ -87,9 +100,12 @@ def test_complete_groups_come_out_once_and_in_order(ratio: int, pattern: list[in
     state = CompressorState(2, ratio, overlap=False)
     found: list[list[int]] = []
     for position, count in cuts(5 * ratio + 3, pattern):
-        values, gates = state.extend(*tokens(position, count), position)
-        assert torch.equal(gates, -values)
-        found += groups_of(values)
+        completed = state.extend(*tokens(position, count), position)
+        assert (completed is None) == (position // ratio == (position + count) // ratio)
+        if completed is not None:
+            values, gates = completed
+            assert torch.equal(gates, -values)
+            found += groups_of(values)
         pending = (position + count) % ratio
         assert [int(number) for number in state.data[:pending, 0]] == list(
             range(position + count - pending, position + count)
@@ -103,12 +119,13 @@ def test_with_overlap_the_predecessor_comes_first(pattern: list[int]) -> None:
     state = CompressorState(2, ratio, overlap=True)
     entries: list[tuple[list[int], list[int]]] = []
     for position, count in cuts(203, pattern):
-        values, gates = state.extend(*tokens(position, count), position)
-        if position < ratio:
-            assert (gates[0] == -torch.inf).all()  # an absent predecessor has no share
-            assert (values[0] == 0).all()
-        groups = groups_of(values)
-        entries += list(pairwise(groups))
+        completed = state.extend(*tokens(position, count), position)
+        if completed is not None:
+            values, gates = completed
+            if position < ratio:
+                assert (gates[0] == -torch.inf).all()  # an absent predecessor has no share
+                assert (values[0] == 0).all()
+            entries += list(pairwise(groups_of(values)))
         check_official_slots(state, position + count)
     assert [current for _, current in entries] == [list(range(4 * i, 4 * i + 4)) for i in range(50)]
     assert [before for before, _ in entries[1:]] == [current for _, current in entries[:-1]]
@@ -127,14 +144,18 @@ def test_a_cleared_state_has_no_predecessor() -> None:
     state = CompressorState(2, 4, overlap=True)
     state.extend(*tokens(0, 11), 0)
     state.clear()
-    values, gates = state.extend(*tokens(0, 4), 0)
+    completed = state.extend(*tokens(0, 4), 0)
+    assert completed is not None
+    values, gates = completed
     assert (gates[0] == -torch.inf).all()
     assert groups_of(values[1:]) == [[0, 1, 2, 3]]
 
 
 def test_groups_do_not_change_when_the_state_goes_on() -> None:
     state = CompressorState(2, 4, overlap=True)
-    values, _ = state.extend(*tokens(0, 8), 0)
+    completed = state.extend(*tokens(0, 8), 0)
+    assert completed is not None
+    values, _ = completed
     before = values.clone()
     state.extend(*tokens(8, 9), 8)
     assert torch.equal(values, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,16 @@ __all__ = ["Span", "Step"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """The tokens of one session in a step: rows [start, stop) of the step, the first at `position`."""
+    """The tokens of one session in a step: rows [start, stop) of the step, the first at `position`.
+
+    What all layers ask of it is computed for the first.
+    """
 
     streams: Streams
     start: int
     stop: int
     position: int
+    _bounds: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -29,6 +33,29 @@ class Span:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+    def entries(self, ratio: int) -> tuple[Tensor, Tensor]:
+        """Start and stop, int64 [tokens], of the entries visible to each token: 0 and floor((t + 1) / ratio).
+
+        An entry is visible once the `ratio` tokens it stands for have all been read.
+        """
+        found = self._bounds.get(("entries", ratio))
+        if found is None:
+            stop = torch.arange(self.position + 1, self.position + self.num_tokens + 1) // ratio
+            found = self._bounds["entries", ratio] = (torch.zeros_like(stop), stop)
+        return found
+
+    def window(self, width: int) -> tuple[Tensor, Tensor]:
+        """Start and stop, int64 [tokens], of the last `width` rows up to each token's own.
+
+        Counted in a pool of the span's rows behind the up to width - 1 before them.
+        """
+        found = self._bounds.get(("window", width))
+        if found is None:
+            before = min(self.position, width - 1)
+            stop = torch.arange(before + 1, before + self.num_tokens + 1)
+            found = self._bounds["window", width] = ((stop - width).clamp(min=0), stop)
+        return found
 
     def within(self, start: int, stop: int) -> Span:
         """The part of this span in rows [start, stop) of the step, counted from `start`."""
@@ -50,6 +77,13 @@ class Step:
     wanted: Tensor
     tile_tokens: int
     tick: Callable[[float], None] | None = None
+    _places: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def places(self, ratio: int) -> Tensor:
+        """int64 [n], each token's place in its group of `ratio`; computed for the first layer that asks."""
+        if ratio not in self._places:
+            self._places[ratio] = self.positions % ratio
+        return self._places[ratio]
 
     def tiles(self) -> list[tuple[slice, Step]]:
         """The rows of each tile and the step that computes them; one after the other they are this step."""

@@ -42,33 +42,51 @@ class GrowingRows:
 
 
 class WindowRing:
-    """The last `window` rows; the row of position p lies in slot p mod window (spec 2.11)."""
+    """The last `window` rows; the row of position p lies in slot p mod window (spec 2.11), in `data`.
+
+    The slots are there twice, one copy behind the other, so that any rows in a line are a view.
+    """
 
     def __init__(self, layout: RowLayout, window: int) -> None:
         self.layout = layout
         self.window = window
-        self.data = torch.zeros(window, layout.row_bytes, dtype=torch.uint8)
+        self._copies = torch.zeros(2, window, layout.row_bytes, dtype=torch.uint8)
+        self._line = self._copies.flatten(0, 1)
+        self.data = self._copies[0]
 
     def extend(self, rows: Tensor, position: int) -> Tensor:
-        """Adds the rows of positions from `position`; returns them behind the up to window - 1 rows before them."""
-        before = min(position, self.window - 1)
-        pool = torch.cat([*self._slots(position - before, before), rows])
-        last = min(rows.shape[0], self.window)
-        start = rows.shape[0] - last
-        for slots in self._slots(position + start, last):
-            slots.copy_(rows[start : start + slots.shape[0]])
-            start += slots.shape[0]
+        """Adds the rows of positions from `position`; returns them behind the up to window - 1 rows before them.
+
+        What is returned may be a view, good until the next rows are added.
+        """
+        before, num_rows = min(position, self.window - 1), rows.shape[0]
+        if before + num_rows <= self.window:  # no row is overwritten that is still to be seen
+            self._write(rows, position)
+            return self._row_line(position - before, before + num_rows)
+        pool = torch.cat([self._row_line(position - before, before), rows])
+        last = min(num_rows, self.window)
+        self._write(rows[num_rows - last :], position + num_rows - last)
         return pool
 
     def live_slots(self, length: int) -> int:
         """How many slots, from the first, hold a row after `length` tokens."""
         return min(length, self.window)
 
-    def _slots(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """Views of the slots of `count` positions from `position`: up to the ring's end, then from its start."""
+    def restore(self, data: Tensor) -> None:
+        """Replaces the first slots by a copy of `data` made earlier."""
+        self._copies[:, : data.shape[0]] = data
+
+    def _row_line(self, position: int, count: int) -> Tensor:
         first = position % self.window
-        stop = first + count
-        return self.data[first:stop], self.data[: max(0, stop - self.window)]
+        return self._line[first : first + count]
+
+    def _write(self, rows: Tensor, position: int) -> None:
+        """Rows [count, row_bytes], at most `window`, into their slots: up to the ring's end, then from its start."""
+        first = position % self.window
+        until_end = min(rows.shape[0], self.window - first)
+        self._copies[:, first : first + until_end] = rows[:until_end]
+        if until_end < rows.shape[0]:
+            self._copies[:, : rows.shape[0] - until_end] = rows[until_end:]
 
 
 class CompressorState:
@@ -81,25 +99,33 @@ class CompressorState:
     def __init__(self, width: int, ratio: int, overlap: bool) -> None:
         self.ratio, self.overlap = ratio, overlap
         self.data = torch.zeros((2 if overlap else 1) * ratio, 2 * width)
+        self._values, self._gates = self.data.split(width, 1)
         self.clear()
 
     def clear(self) -> None:
         """As before the first token: gates of -inf give an absent predecessor no share."""
-        width = self.data.shape[1] // 2
-        self.data[:, :width] = 0.0
-        self.data[:, width:] = -torch.inf
+        self._values.fill_(0.0)
+        self._gates.fill_(-torch.inf)
 
     def live_slots(self, length: int) -> int:
         """How many slots, from the first, count after `length` tokens."""
         return (self.ratio if self.overlap else 0) + length % self.ratio
 
-    def extend(self, values: Tensor, gates: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    def restore(self, data: Tensor) -> None:
+        """Replaces the first slots by a copy of `data` made earlier."""
+        self.data[: data.shape[0]] = data
+
+    def extend(self, values: Tensor, gates: Tensor, position: int) -> tuple[Tensor, Tensor] | None:
         """Adds tokens from `position`; returns the groups completed, [groups, ratio, width] of values and gates.
 
-        With overlap the predecessor of the first completed group comes first.
+        With overlap the predecessor of the first completed group comes first. None where no group was completed.
         """
         pending = position % self.ratio
         current = self.ratio if self.overlap else 0
+        if pending + values.shape[0] < self.ratio:
+            slots = slice(current + pending, current + pending + values.shape[0])
+            self._values[slots], self._gates[slots] = values, gates
+            return None
         tokens = torch.cat([self.data[: current + pending], torch.cat([values, gates], 1)])
         complete = (pending + values.shape[0]) // self.ratio
         groups = complete + 1 if self.overlap else complete
@@ -160,8 +186,7 @@ class Streams:
 
     def restore(self, point: RestorePoint) -> None:
         """Back to a restore point of this timeline."""
-        for key, data in self._fixed():
-            data.copy_(point.fixed[key])
+        self._restore_fixed(point.fixed)
         self._cut(point.length)
 
     def live_state(self, length: int) -> dict[tuple[int, str], Tensor]:
@@ -173,11 +198,14 @@ class Streams:
     def restore_live(self, length: int, state: Mapping[tuple[int, str], Tensor]) -> None:
         """Rings and compressor state of a stored restore point; the growing rows are there already."""
         self.clear()
+        self._restore_fixed(state)
+        self._cut(length)
+
+    def _restore_fixed(self, state: Mapping[tuple[int, str], Tensor]) -> None:
         for key, data in state.items():
             stream = self._streams[key]
             assert not isinstance(stream, GrowingRows)
-            stream.data[: data.shape[0]] = data
-        self._cut(length)
+            stream.restore(data)
 
     def clear(self) -> None:
         """Back to no tokens at all."""
@@ -185,7 +213,7 @@ class Streams:
             if isinstance(stream, CompressorState):
                 stream.clear()
             elif isinstance(stream, WindowRing):
-                stream.data.zero_()
+                stream.restore(torch.zeros_like(stream.data))
         self._cut(0)
 
     def copy_rows(self) -> dict[tuple[int, str], Tensor]:

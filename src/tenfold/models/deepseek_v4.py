@@ -139,8 +139,8 @@ class Attention:
         if self.compressor is not None:
             stream = span.streams.rows(self.layer.index)
             if chosen is None:
-                stop = visible_entries(span, self.layer.ratio)
-                sources.append(Rows(stream.packed, stream.layout, start=torch.zeros_like(stop), stop=stop))
+                start, stop = span.entries(self.layer.ratio)
+                sources.append(Rows(stream.packed, stream.layout, start, stop))
             else:
                 sources.append(Rows(stream.packed, stream.layout, index=chosen))
         width = self.config.head_dim
@@ -150,14 +150,8 @@ class Attention:
 
     def _window(self, rows: Tensor, span: Span) -> Rows:
         pool = span.streams.window(self.layer.index).extend(rows, span.position)
-        before = pool.shape[0] - span.num_tokens
-        stop = torch.arange(before + 1, pool.shape[0] + 1)
-        return Rows(pool, self.layout, start=(stop - self.config.sliding_window).clamp(min=0), stop=stop)
-
-
-def visible_entries(span: Span, ratio: int) -> Tensor:
-    """Entries visible to each query: those whose window closed at or before it, floor((t + 1) / ratio)."""
-    return torch.arange(span.position + 1, span.position + span.num_tokens + 1) // ratio
+        start, stop = span.window(self.config.sliding_window)
+        return Rows(pool, self.layout, start, stop)
 
 
 class Compressor:
@@ -178,14 +172,14 @@ class Compressor:
     def append(self, x: Tensor, step: Step) -> None:
         """Folds x [n, hidden] into the streams of each span."""
         values = self.ops.linear(x, self.wkv)
-        gates = self.ops.linear(x, self.wgate) + self.ops.embed(step.positions % self.layer.ratio, self.ape)
+        gates = self.ops.linear(x, self.wgate) + self.ops.embed(step.places(self.layer.ratio), self.ape)
         for span in step.spans:
             self._append(values[span.rows], gates[span.rows], span)
 
     def _append(self, values: Tensor, gates: Tensor, span: Span) -> None:
         overlap = self.layer.attention == "csa"
         groups = span.streams.state(self.layer.index, self.state).extend(values, gates, span.position)
-        if groups[0].shape[0] <= overlap:  # no group was completed
+        if groups is None:
             return
         entries = self.ops.compress(*groups, overlap)
         stream = span.streams.rows(self.layer.index, self.rows)
@@ -222,7 +216,7 @@ class Indexer:
 
     def _select(self, q: Tensor, weights: Tensor, streams: Streams, span: Span) -> Tensor:
         keys = streams.rows(self.layer.index, "index_keys")
-        visible = visible_entries(span, self.layer.ratio)
+        _, visible = span.entries(self.layer.ratio)
         return self.ops.select_rows(q, weights, keys.packed, keys.layout, visible, self.config.index_topk)
 
 
