@@ -347,6 +347,8 @@ struct Worker {
     // Blocks over the union of the tile's ranges; each query uses its own part of a block.
     void attend_range(const Rows& rows, int64_t first, int64_t count, int64_t heads) const {
         int64_t low = rows.start[first], high = rows.stop[first];
+        const int64_t row_bytes = rows.layout.row_bytes;
+        const uint8_t* const end = rows.packed + rows.num_rows * row_bytes;
         for (int64_t i = 1; i < count; ++i) {
             if (rows.start[first + i] < low) low = rows.start[first + i];
             if (rows.stop[first + i] > high) high = rows.stop[first + i];
@@ -354,8 +356,9 @@ struct Worker {
         for (int64_t from = low; from < high; from += block_rows) {
             const int64_t to = from + block_rows < high ? from + block_rows : high;
             for (int64_t row = from; row < to; ++row) {
-                decode_row(rows.packed + row * rows.layout.row_bytes, rows.layout,
-                           k + (row - from) * call.shape.row_stride);
+                const uint8_t* const packed = rows.packed + row * row_bytes;
+                if (row + block_rows < high) ask_for(packed + block_rows * row_bytes, row_bytes, end);
+                decode_row(packed, rows.layout, k + (row - from) * call.shape.row_stride);
             }
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t start = rows.start[first + i] > from ? rows.start[first + i] : from;

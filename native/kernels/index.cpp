@@ -463,7 +463,10 @@ struct Worker {
     void unpack(int64_t first_key, int64_t last_key, bool as_bytes) {
         const int64_t count = last_key - first_key < chunk_keys ? last_key - first_key : chunk_keys;
         const int64_t unit = as_bytes ? byte_keys : float_keys;
+        const int64_t row_bytes = call.layout.row_bytes;
         for (int64_t i = 0; i < round_up(count, unit); i += 8) {
+            const int64_t ahead = first_key + i + 2 * chunk_keys;
+            if (ahead < last_key) ask_for(call.keys + ahead * row_bytes, 8 * row_bytes, call.keys + last_key * row_bytes);
             const uint8_t* packed[8];
             for (int64_t j = 0; j < 8; ++j) {
                 packed[j] = i + j < count ? call.keys + (first_key + i + j) * call.layout.row_bytes : no_key;
