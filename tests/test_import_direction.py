@@ -23,7 +23,7 @@ LAYERS = (
     ("engine", "keeping", "store", "synth", "inspection", "calibration", "doctor"),
     ("tenfold",),
     ("completion", "scheduler", "terminal"),
-    ("protocol", "server", "views", "talk", "planner_views", "charts", "report"),
+    ("protocol", "server", "views", "talk", "store_views", "planner_views", "charts", "report"),
     ("planner_cli",),
     ("demo",),
     ("cli",),

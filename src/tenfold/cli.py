@@ -31,6 +31,9 @@ app = typer.Typer(
     help="Read a million tokens with DeepSeek V4 on your own hardware.",
 )
 
+store_app = typer.Typer(no_args_is_help=True, help="Look after the contexts kept on disk.")
+app.add_typer(store_app, name="store")
+
 P = ParamSpec("P")
 N = TypeVar("N", int, float)
 
@@ -40,7 +43,7 @@ Backend = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
 Numerics = Annotated[str, typer.Option(help="deployed: KV, index keys and activations rounded; exact: none.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with (default: the physical cores).")]
 Memory = Annotated[str | None, typer.Option(help="Most memory to take, such as 12G (default: most of what is free).")]
-StoreFolder = Annotated[Path | None, typer.Option("--store", help="Keep what was read in DIR (default: user cache).")]
+StoreFolder = Annotated[Path | None, typer.Option("--store", help="The store (default: in your cache folder).")]
 NoStore = Annotated[bool, typer.Option("--no-store", help="Keep nothing on disk.")]
 StoreLimit = Annotated[str | None, typer.Option(help="Most bytes the store may take, such as 50G.")]
 Context = Annotated[int | None, typer.Option(help="Tokens the session may hold (default: the model's context).")]
@@ -59,6 +62,8 @@ Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer;
 ProfileName = Annotated[str | None, typer.Option("--profile", help="Chat grammar: preview, official, v3.2 or plain.")]
 Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="Reason before the answer.")]
 Effort = Annotated[str | None, typer.Option(help="Reasoning effort: low, high or max.")]
+
+StoredId = Annotated[str, typer.Argument(metavar="ID", help="Id of a stored context; its beginning is enough.")]
 
 
 def main() -> NoReturn:
@@ -363,6 +368,105 @@ def demo(
     found = showing.show(text, max_tokens=max_tokens, seed=seed, quiet=as_json, threads=threads)
     if as_json:
         _print_json(found)
+
+
+@store_app.command("list")
+@reported
+def store_list(folder: StoreFolder = None, as_json: Json = False) -> None:
+    """Show the stored contexts, the one used last first."""
+    from tenfold import store_views
+    from tenfold.store import admin
+
+    with admin.opened(folder, _warn) as store:
+        path, total_bytes = str(store.folder.path), store.index.total_bytes()
+        found = {"store": path, "bytes": total_bytes, "contexts": admin.contexts(store)}
+    _print_json(found) if as_json else store_views.show_contexts(found)
+
+
+@store_app.command("show")
+@reported
+def store_show(context_id: StoredId, folder: StoreFolder = None, as_json: Json = False) -> None:
+    """Show one context with its segments and restore points."""
+    from tenfold import store_views
+    from tenfold.store import admin
+
+    with admin.opened(folder, _warn) as store:
+        found = admin.show(store, context_id)
+    _print_json(found) if as_json else store_views.show_context(found)
+
+
+@store_app.command("verify")
+@reported
+def store_verify(folder: StoreFolder = None, as_json: Json = False) -> None:
+    """Read everything; drop and name what is damaged (exit code 1)."""
+    from tenfold import store_views
+    from tenfold.store import admin
+
+    with admin.opened(folder, _warn) as store:
+        found = admin.verify(store)
+    _print_json(found) if as_json else store_views.show_verified(found)
+    if found["damaged"]:
+        raise typer.Exit(1)
+
+
+@store_app.command("prune")
+@reported
+def store_prune(
+    limit: Annotated[str | None, typer.Option(help="Keep this much, such as 10G; what is missed least goes.")] = None,
+    older: Annotated[str | None, typer.Option(help="Remove what was not used for so long: 12h, 30d, 8w.")] = None,
+    model: Annotated[str | None, typer.Option(help="Remove the contexts of this model.")] = None,
+    folder: StoreFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Remove contexts."""
+    from tenfold import store_views
+    from tenfold.engine import parse_bytes
+    from tenfold.store import admin
+
+    if limit is older is model is None:
+        raise UsageError("nothing says what to remove; give --limit, --older or --model")
+    limit_bytes = None if limit is None else parse_bytes(limit)
+    older_s = None if older is None else admin.parse_age(older)
+    with admin.opened(folder, _warn) as store:
+        found = admin.prune(store, limit_bytes, older_s, model)
+    _print_json(found) if as_json else store_views.show_pruned(found)
+
+
+@store_app.command("export")
+@reported
+def store_export(
+    context_id: StoredId,
+    file: Annotated[Path, typer.Argument(help="The tar file to write; it must not exist.")],
+    folder: StoreFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Write one context to a file."""
+    from tenfold import store_views
+    from tenfold.store import admin
+
+    with admin.opened(folder, _warn) as store:
+        found = admin.export_context(store, context_id, file)
+    _print_json(found) if as_json else store_views.show_moved(found)
+
+
+@store_app.command("import")
+@reported
+def store_import(
+    file: Annotated[Path, typer.Argument(help="A file written by export, from somebody you trust.")],
+    folder: StoreFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Take in a file written by export; everything in it is checked first."""
+    from tenfold import store_views
+    from tenfold.store import admin
+
+    with admin.opened(folder, _warn, make=True) as store:
+        found = admin.import_contexts(store, file)
+    _print_json(found) if as_json else store_views.show_moved(found)
+
+
+def _warn(what: str) -> None:
+    typer.echo(f"warning: {what}", err=True)
 
 
 def _open(

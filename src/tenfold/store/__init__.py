@@ -26,7 +26,6 @@ from tenfold.store.contents import (
     Tokens,
     encode_point,
     encode_segment,
-    point_facts,
     read_point,
     read_rows,
     read_tokens,
@@ -34,6 +33,7 @@ from tenfold.store.contents import (
 from tenfold.store.files import Damaged
 from tenfold.store.folder import Folder, default_folder
 from tenfold.store.index import Index, PointRow, SegmentRow
+from tenfold.store.recovery import adopt
 from tenfold.store.thinning import superfluous
 from tenfold.store.walk import Link, cut, walk
 from tenfold.store.walk import Path as StoredPath
@@ -130,7 +130,7 @@ class Store:
     def _matched(self, path: StoredPath) -> Match:
         stops = {link.key: link.stop for link in path.chain}
         rows = self.index.points_of(stops)
-        usable = [row for row in rows if row.position <= stops[row.segment] and _name(row) not in self._unreadable]
+        usable = [row for row in rows if row.position <= stops[row.segment] and row.name not in self._unreadable]
         if not usable:
             return Match((), path.stop, 0, None, path.reason)
         row = usable[-1]
@@ -379,70 +379,7 @@ class Store:
         """
         try:
             with self._lock:
-                return self._adopt_segments() + self._adopt_points()
+                return adopt(self.folder, self.index, self.warn)
         except (OSError, sqlite3.Error) as exc:
             self._trouble_with(f"the files of the store cannot be listed: {exc}")
             return 0
-
-    def _adopt_segments(self) -> int:
-        known = {row.key for row in self.index.segments()}
-        strangers = []
-        for name, status in self.folder.found("segments").items():
-            if name not in known:
-                try:
-                    header, tokens = read_tokens(self.folder.segment(name), name)
-                    strangers.append((header, int(tokens[0]), name, status.st_size))
-                except Damaged as exc:
-                    self._discard(self.folder.segment(name), str(exc))
-        adopted = 0
-        for header, first_token, name, num_bytes in sorted(strangers, key=lambda found: found[0].integer("start")):
-            start, stop, parent = header.integer("start"), header.integer("stop"), header.text("parent")
-            row = SegmentRow(name, header.text("digest"), header.text("model"), parent, start, stop, first_token,
-                             num_bytes)  # fmt: skip
-            adopted += self._adopt_segment(row)
-        return adopted
-
-    def _adopt_segment(self, row: SegmentRow) -> int:
-        path = self.folder.segment(row.key)
-        with self.index.transaction():
-            parent = self.index.segment(row.parent) if row.parent else None
-            if row.parent and (parent is None or not parent.start < row.start <= parent.stop):
-                path.unlink(missing_ok=True)  # nothing leads there
-                return 0
-            if not path.exists():  # evicted by another process just now
-                return 0
-            self.index.add_segment(row)
-        return 1
-
-    def _adopt_points(self) -> int:
-        known = {_name(row) for row in self.index.points()}
-        strangers = {name: status for name, status in self.folder.found("points").items() if name not in known}
-        return sum(self._adopt_point(name, status.st_size) for name, status in strangers.items())
-
-    def _adopt_point(self, name: str, num_bytes: int) -> int:
-        key, _, text = name.partition("-")
-        path = self.folder.path / "points" / key[:2] / name
-        try:
-            position = int(text)
-            moment = point_facts(path, key, position).text("moment")
-        except (Damaged, ValueError) as exc:
-            self._discard(path, str(exc))
-            return 0
-        with self.index.transaction():
-            row = self.index.segment(key)
-            if row is None or not row.start < position <= row.stop:
-                path.unlink(missing_ok=True)
-                return 0
-            if path.exists():
-                self.index.add_point(PointRow(key, position, moment, num_bytes))
-        return 1
-
-    def _discard(self, path: Path, problem: str) -> None:
-        """Removes a file that no index row leads to and that cannot be used."""
-        self.warn(f"{path.name[:12]} in the store is damaged ({problem}); it is dropped")
-        path.unlink(missing_ok=True)
-
-
-def _name(row: PointRow) -> str:
-    """The name of a point's file."""
-    return f"{row.segment}-{row.position}"

@@ -16,7 +16,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, prod
@@ -102,7 +102,7 @@ def _checksums(view: memoryview) -> Iterator[int]:
         yield xxhash.xxh3_64_intdigest(view[start : start + BLOCK_BYTES])
 
 
-def write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
+def write_all(fd: int, pieces: Iterable[bytes | memoryview]) -> None:
     """Writes every byte, however few the system takes at a time."""
     for piece in pieces:
         view = memoryview(piece)

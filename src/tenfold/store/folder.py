@@ -11,7 +11,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tenfold.errors import StoreError
@@ -109,21 +110,29 @@ class Folder:
         reserve = min(status.f_blocks * status.f_frsize // _RESERVE_SHARE, _MOST_RESERVE_BYTES)
         return status.f_bavail * status.f_frsize - reserve
 
-    def place(self, path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    def place(self, path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         """Writes a file so that it is there whole and on the disk, or not at all; raises OSError."""
-        temporary = self.path / "temporary" / f"{os.getpid()}-{secrets.token_hex(8)}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with self.temporary(pieces) as written:
+            self.finish(written, path)
+
+    @contextmanager
+    def temporary(self, pieces: Iterable[bytes | memoryview]) -> Iterator[Path]:
+        """A file written and synced under a temporary name; gone afterwards unless it was given its own."""
+        path = self.path / "temporary" / f"{os.getpid()}-{secrets.token_hex(8)}"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             files.write_all(fd, pieces)
             os.fsync(fd)
-            self._make_shelf(path.parent)
-            temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            yield path
         finally:
+            path.unlink(missing_ok=True)
             os.close(fd)
+
+    def finish(self, written: Path, path: Path) -> None:
+        """Gives a temporary file its name, on the disk as well."""
+        self._make_shelf(path.parent)
+        written.rename(path)
         _sync_folder(path.parent)
 
     def _make_shelf(self, shelf: Path) -> None:

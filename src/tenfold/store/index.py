@@ -61,6 +61,11 @@ class PointRow:
     kind: str
     bytes: int
 
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return f"{self.segment}-{self.position}"
+
 
 class Index:
     """The tables of one store; usable from several threads."""

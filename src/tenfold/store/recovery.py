@@ -1,0 +1,85 @@
+"""Finished files that the index does not know: taken in, or removed where nothing leads to them.
+
+Left behind by a process that died between a file and its row, by a lost index, or brought by an import. A cheap
+check, headers and tokens only; `load` checks the rest when it reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tenfold.store.contents import point_facts, read_tokens
+from tenfold.store.files import Damaged
+from tenfold.store.folder import Folder
+from tenfold.store.index import Index, PointRow, SegmentRow
+
+__all__ = ["adopt", "enter_point", "enter_segment", "point_row", "segment_row"]
+
+
+def adopt(folder: Folder, index: Index, warn: Callable[[str], None]) -> int:
+    """Takes in what is whole and hangs on something; returns how many files."""
+    known = {row.key for row in index.segments()}
+    segments, points = [], []
+    for name in folder.found("segments").keys() - known:
+        try:
+            segments.append(segment_row(folder.segment(name), name))
+        except Damaged as exc:
+            _discard(folder.segment(name), exc, warn)
+    adopted = sum(enter_segment(folder, index, row) for row in sorted(segments, key=lambda row: row.start))
+    for name in folder.found("points").keys() - {row.name for row in index.points()}:
+        key, _, position = name.partition("-")
+        path = folder.point(key, int(position))
+        try:
+            points.append(point_row(path, key, int(position)))
+        except Damaged as exc:
+            _discard(path, exc, warn)
+    return adopted + sum(enter_point(folder, index, row) for row in points)
+
+
+def segment_row(path: Path, key: str) -> SegmentRow:
+    """What the file of a segment says of itself, checked against its name; raises Damaged."""
+    header, tokens = read_tokens(path, key)
+    texts = (header.text("digest"), header.text("model"), header.text("parent"))
+    extent = (header.integer("start"), header.integer("stop"))
+    return SegmentRow(key, *texts, *extent, int(tokens[0]), path.stat().st_size)
+
+
+def point_row(path: Path, key: str, position: int) -> PointRow:
+    """The same for a restore point."""
+    header = point_facts(path, key, position)
+    return PointRow(key, position, header.text("moment"), path.stat().st_size)
+
+
+def enter_segment(folder: Folder, index: Index, row: SegmentRow) -> bool:
+    """Into the index, if its parent is there; else the file goes."""
+    path = folder.segment(row.key)
+    with index.transaction():
+        parent = index.segment(row.parent) if row.parent else None
+        leads_here = parent is not None and parent.start < row.start <= parent.stop and parent.digest == row.digest
+        if not leads_here and (row.parent or row.start):
+            path.unlink(missing_ok=True)
+            return False
+        if not path.exists():  # evicted by another process just now
+            return False
+        index.add_segment(row)
+    return True
+
+
+def enter_point(folder: Folder, index: Index, row: PointRow) -> bool:
+    """Into the index, if its segment is there; else the file goes."""
+    path = folder.point(row.segment, row.position)
+    with index.transaction():
+        segment = index.segment(row.segment)
+        if segment is None or not segment.start < row.position <= segment.stop:
+            path.unlink(missing_ok=True)
+            return False
+        if not path.exists():
+            return False
+        index.add_point(row)
+    return True
+
+
+def _discard(path: Path, problem: Damaged, warn: Callable[[str], None]) -> None:
+    warn(f"{path.parent.parent.name[:-1]} {path.name[:12]} of the store is damaged ({problem}); it is dropped")
+    path.unlink(missing_ok=True)
