@@ -5,7 +5,7 @@ A runner is started as `run_ENGINE.py WORK TASK TOKENS [--option VALUE ...]`, do
     prefill N   reads N tokens into an empty context: tokens/s
     chunk N     reads 512 tokens behind N others: tokens/s
     decode N    writes tokens behind N others: tokens/s (median of the steps)
-    logits N    the logits after N tokens, to WORK/logits/ENGINE-N.npy
+    logits N    the logits of N tokens, to WORK/logits/ENGINE-N.npy: of the last one, or of all for the gate's two sides
     memory N    reads N tokens and writes 16: peak RSS, bytes of context per token
 """
 

@@ -48,7 +48,7 @@ def room(engine: Engine, tokens: int) -> Session:
 
 
 def logits(engine: Engine, options: object) -> dict[str, object]:
-    found = engine.session(options.tokens).feed(random_ids(options.tokens, seed=7))
+    found = engine.session(options.tokens).feed(random_ids(options.tokens, seed=7), logits="all")
     return dict(save_logits(options.work, f"tenfold-{options.numerics}", options.tokens, found.numpy()))
 
 

@@ -97,8 +97,8 @@ def decode(model: Any, options: argparse.Namespace) -> dict[str, object]:
 
 
 def logits(model: Any, options: argparse.Namespace) -> dict[str, object]:
-    output = model(torch.tensor([random_ids(options.tokens, seed=7)]), use_cache=False, logits_to_keep=1)
-    return dict(save_logits(options.work, "transformers", options.tokens, output.logits[0, -1].numpy()))
+    output = model(torch.tensor([random_ids(options.tokens, seed=7)]), use_cache=False)
+    return dict(save_logits(options.work, "transformers", options.tokens, output.logits[0].numpy()))
 
 
 def memory(model: Any, options: argparse.Namespace) -> dict[str, object]:
