@@ -2,8 +2,8 @@
 
     python -m tests.store.kills FOLDER COUNT SEED
 
-A writer feeds texts that follow from their number, and reports each append that has returned. After the kill the store is
-opened anew: nothing temporary may be left, what was reported must be there, and everything that is found must be the
+A writer feeds texts that follow from their number, and reports each append that has returned. After the kill the store
+is opened anew: nothing temporary may be left, what was reported must be there, and everything that is found must be the
 truth, byte for byte. The same kills meet a writer that writes files in place, so that the harness is seen to see.
 """
 
