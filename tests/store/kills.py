@@ -2,8 +2,8 @@
 
     python -m tests.store.kills FOLDER COUNT SEED
 
-A writer feeds texts that follow from their number, and reports each append that has returned. After the kill the store
-is opened anew: nothing temporary may be left, what was reported must be there, and everything that is found must be the
+A writer feeds texts that follow from their number, and reports each append that has returned. Then the store is opened
+anew: nothing temporary may be left, what was reported must be there, and everything that is found must be the
 truth, byte for byte. The same kills meet a writer that writes files in place, so that the harness is seen to see.
 """
 
@@ -29,7 +29,7 @@ Writer = Callable[[Path, int, Report], None]
 WIDE = timeline(widen=24)
 CHUNK_TOKENS = 600
 TEXT_TOKENS = 2400
-LONGEST_S = 0.2
+LONGEST_S = 0.12
 """A writer lives so long at most: a dozen appends."""
 
 
@@ -54,9 +54,8 @@ def write_store(folder: Path, first: int, report: Report) -> None:
 def write_naively(folder: Path, first: int, report: Report) -> None:
     """Files in place, in pieces, without a checksum."""
     folder.mkdir(exist_ok=True)
-    number = first
+    number, content = first, naive_content(first)
     while True:
-        content = naive_content(number)
         with (folder / str(number)).open("wb", buffering=0) as file:
             for start in range(0, len(content), 4096):
                 file.write(content[start : start + 4096])
@@ -96,7 +95,9 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, int]:
         check(folder / "store", first, reported, found)
         naive = killed(write_naively, folder / "naive", first, generator.uniform(0, LONGEST_S))
         written = range(first, naive[-1][0] + 2 if naive else first + 1)
-        found["naive_corrupt"] += sum(is_torn(folder / "naive" / str(number), number) for number in written)
+        found["naive_corrupt"] += sum(
+            is_torn(folder / "naive" / str(number), naive_content(first)) for number in written
+        )
         shutil.rmtree(folder / "naive", ignore_errors=True)
     return found
 
@@ -119,8 +120,8 @@ def check(folder: Path, first: int, reported: list[tuple[int, int]], found: dict
     store.close()
 
 
-def is_torn(path: Path, number: int) -> bool:
-    return path.exists() and path.read_bytes() != naive_content(number)
+def is_torn(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() != content
 
 
 if __name__ == "__main__":

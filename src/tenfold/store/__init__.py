@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,9 +98,17 @@ class Store:
         self._lock = threading.RLock()
         if self.folder.was_open_to_others:
             warn(f"the store {folder} was open to other users; it is yours alone again (mode 0700)")
-        self.folder.sweep()
         self.index = self._open_index()
-        self.adopt()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """What a process left undone, or did under a higher limit."""
+        try:
+            self.folder.sweep()
+            self.adopt()
+            self._evict(0, ())
+        except (OSError, sqlite3.Error) as exc:
+            self._trouble_with(f"the store cannot be tidied: {exc}")
 
     def close(self) -> None:
         self.index.close()
@@ -159,10 +168,8 @@ class Store:
             for spec in timeline.growing
         }
         self._load_rows(timeline, match.chain, streams)
-        try:
+        with suppress(sqlite3.Error):  # on a full disk a use is not noted, which harms no answer
             self.index.touch(link.key for link in match.chain)
-        except sqlite3.Error as exc:
-            self._trouble_with(f"a use cannot be noted: {exc}")
         return loaded
 
     def _load_point(self, timeline: Timeline, point: Point) -> Loaded:
@@ -312,57 +319,66 @@ class Store:
         auto = sorted(position for position, row in rows.items() if row.kind == "auto")
         fixed = sorted(position for position, row in rows.items() if row.kind != "auto")
         for position in superfluous(auto, fixed, forks):
-            self._remove_point(rows[position].segment, position)
+            with self.index.transaction():
+                self._remove_point(rows[position].segment, position)
 
     def _make_room(self, num_bytes: int, chain: tuple[Link, ...]) -> bool:
         """Whether `num_bytes` may be written; evicts down to the limit, but nothing of `chain`."""
-        if self.limit_bytes is not None:
-            keep = {link.key for link in chain}
-            while self.index.total_bytes() + num_bytes > self.limit_bytes:
-                leaf = self.index.leaf_to_evict(keep)
-                if leaf is None:
-                    limit = f"{self.limit_bytes:,} bytes"
-                    self._trouble_with(f"storing pauses: the limit of the store, {limit}, is smaller than this context")
-                    return False
-                self.remove(leaf.key)
+        if not self._evict(num_bytes, {link.key for link in chain}):
+            limit = f"{self.limit_bytes:,} bytes"
+            self._trouble_with(f"storing pauses: the limit of the store, {limit}, is smaller than this context")
+            return False
         if self.folder.room_bytes() < num_bytes:
             self._trouble_with(f"storing pauses: the disk of the store {self.folder.path} is full")
             return False
         return True
 
+    def _evict(self, num_bytes: int, keep: Collection[str]) -> bool:
+        """Removes what is missed least until the limit leaves `num_bytes`; whether it does."""
+        while self.limit_bytes is not None and self.index.total_bytes() + num_bytes > self.limit_bytes:
+            leaf = self.index.leaf_to_evict(keep)
+            if leaf is None:
+                return False
+            self.remove(leaf.key)
+        return True
+
     def remove(self, key: str) -> None:
         """Removes a segment with all that hangs on it, files and all."""
         with self.index.transaction():
-            keys = self.index.subtree(key)
-            points = self.index.points_of(keys)
-            self.index.remove_segments(keys)
-            for row in points:
-                self.folder.point(row.segment, row.position).unlink(missing_ok=True)
-            for one in reversed(keys):
-                self.folder.segment(one).unlink(missing_ok=True)
+            self._remove(key)
+
+    def _remove(self, key: str) -> None:
+        keys = self.index.subtree(key)
+        points = self.index.points_of(keys)
+        self.index.remove_segments(keys)
+        for row in points:
+            self.folder.point(row.segment, row.position).unlink(missing_ok=True)
+        for one in reversed(keys):
+            self.folder.segment(one).unlink(missing_ok=True)
 
     def _remove_point(self, segment: str, position: int) -> None:
-        with self.index.transaction():
-            self.index.remove_point(segment, position)
-            self.folder.point(segment, position).unlink(missing_ok=True)
+        self.index.remove_point(segment, position)
+        self.folder.point(segment, position).unlink(missing_ok=True)
 
     def drop_segment(self, key: str, problem: str) -> None:
         """Removes a damaged segment and says so; one that another process has evicted meanwhile is no damage."""
-        try:
+        with self._dropping():  # waits for whoever is just evicting it: its file goes before its row
             if self.index.segment(key) is not None:
-                self.warn(
-                    f"segment {key[:12]} of the store is damaged ({problem}); it is dropped and will be read again"
-                )
-                self.remove(key)
-        except (OSError, sqlite3.Error) as exc:
-            self._trouble_with(f"damage cannot be removed: {exc}")
+                self.warn(f"segment {key[:12]} of the store is damaged ({problem}); dropped, its text is read anew")
+                self._remove(key)
 
     def drop_point(self, segment: str, position: int, problem: str) -> None:
         """Removes a damaged restore point and says so."""
-        try:
+        with self._dropping():
             if any(row.position == position for row in self.index.points_of([segment])):
                 self.warn(f"restore point {position:,} of the store is damaged ({problem}); it is dropped")
                 self._remove_point(segment, position)
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            with self.index.transaction():
+                yield
         except (OSError, sqlite3.Error) as exc:
             self._trouble_with(f"damage cannot be removed: {exc}")
 
@@ -373,13 +389,6 @@ class Store:
             self.warn(what)
 
     def adopt(self) -> int:
-        """Takes finished files that the index does not know into it, and removes those that hang on nothing.
-
-        A cheap check: headers and tokens only. Returns how many were taken in.
-        """
-        try:
-            with self._lock:
-                return adopt(self.folder, self.index, self.warn)
-        except (OSError, sqlite3.Error) as exc:
-            self._trouble_with(f"the files of the store cannot be listed: {exc}")
-            return 0
+        """Takes finished files that the index does not know into it; returns how many."""
+        with self._lock:
+            return adopt(self.folder, self.index, self.warn)

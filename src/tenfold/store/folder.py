@@ -25,7 +25,7 @@ _VERSION = 1
 _NAME = {"segments": re.compile("[0-9a-f]{64}"), "points": re.compile("[0-9a-f]{64}-[1-9][0-9]{0,11}")}
 _FRESH_S = 10.0
 _RESERVE_SHARE = 100
-_MOST_RESERVE_BYTES = 1 << 30
+_LEAST_RESERVE_BYTES, _MOST_RESERVE_BYTES = 2 << 20, 1 << 30
 
 
 def default_folder() -> Path:
@@ -105,10 +105,10 @@ class Folder:
         }
 
     def room_bytes(self) -> int:
-        """Bytes that may be written: what is free less a hundredth of the disk, 1 GiB at most."""
+        """Bytes that may be written: what is free less a hundredth of the disk, 2 MiB to 1 GiB, which others need."""
         status = os.statvfs(self.path)
-        reserve = min(status.f_blocks * status.f_frsize // _RESERVE_SHARE, _MOST_RESERVE_BYTES)
-        return status.f_bavail * status.f_frsize - reserve
+        reserve = status.f_blocks * status.f_frsize // _RESERVE_SHARE
+        return status.f_bavail * status.f_frsize - min(max(reserve, _LEAST_RESERVE_BYTES), _MOST_RESERVE_BYTES)
 
     def place(self, path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         """Writes a file so that it is there whole and on the disk, or not at all; raises OSError."""

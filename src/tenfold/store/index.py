@@ -76,6 +76,7 @@ class Index:
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")  # a commit lost with the power is found again in the files
+            self._db.execute("PRAGMA wal_autocheckpoint=100")  # pages: the log stays small, also on a small disk
             self._db.executescript(_SCHEMA)
             self._all(_SEGMENT + " LIMIT 1")
             self._all(_POINT + " LIMIT 1")

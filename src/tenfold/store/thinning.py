@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 __all__ = ["superfluous"]
 
-_SHARE = 8
+_SHARE = 4
 
 
 def superfluous(auto: Sequence[int], fixed: Sequence[int], forks: Sequence[int]) -> list[int]:
-    """Positions of `auto` that are not worth their bytes, with the last position as the tip.
+    """Positions of `auto` that are not worth their bytes, with the last position of all as the tip.
 
-    A point stays while its gaps to the point after it and to a fixed one before it are at least an eighth of its
-    distance from the tip: dense where edits happen, sparse far back, a few dozen however long the chain. The last
-    point stays, and the nearest one before each place where another chain forks off. Positions rise.
+    A point goes if the gap that it leaves is at most a quarter of its distance from the tip. So gaps are about an
+    eighth of it: dense where edits happen, sparse far back, a few dozen points however long the chain, and what is read
+    again after an edit is at most a third of what lies behind it. The last point stays, and the nearest one before each
+    place where another chain forks off. Positions rise; those of `fixed` stay and count as neighbours.
     """
-    every = sorted({*auto, *fixed})
-    needed = {every[-1]} if every else set()
+    every = sorted([*auto, *fixed])
+    needed = {every[-1], *fixed} if every else set()
     needed.update(every[at - 1] for fork in forks if (at := bisect_right(every, fork)))
-    dropped, after = [], every[-1] if every else 0
-    tip = after
-    for position in reversed(auto):
-        before = fixed[at - 1] if (at := bisect_right(fixed, position)) else -tip
-        after = min([*fixed[at : at + 1], after])
-        gap = min(after - position, position - before)
-        if position not in needed and gap * _SHARE < tip - position:
+    dropped, before = [], 0
+    for position, after in pairwise(every):
+        if position not in needed and (after - before) * _SHARE <= every[-1] - position:
             dropped.append(position)
         else:
-            after = position
+            before = position
     return dropped

@@ -1,0 +1,248 @@
+"""Damage of any kind is dropped and reported, and never comes back as rows; the rest of the store stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from tests.store.fakes import Feeder, restore, timeline
+
+from tenfold.store import Store
+from tenfold.store.files import Damaged, open_file, read_header
+
+TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 1000, 900)]
+FIRST = 300
+
+
+@pytest.fixture
+def fed(store: Store) -> Store:
+    """Three segments, a point at the end of each."""
+    feeder = Feeder(store)
+    for start in range(0, len(TEXT), FIRST):
+        feeder.feed(TEXT[start : start + FIRST])
+    return store
+
+
+def segments(store: Store) -> list[Path]:
+    return [store.folder.segment(row.key) for row in store.index.segments()]
+
+
+def points(store: Store) -> list[Path]:
+    return [
+        store.folder.point(row.segment, row.position) for row in sorted(store.index.points(), key=lambda r: r.position)
+    ]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_suffix(".elsewhere"))
+    path.symlink_to(path.with_suffix(".elsewhere"))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+RUINS: dict[str, Callable[[Path], object]] = {
+    "removed": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "ten bytes": lambda path: path.write_bytes(path.read_bytes()[:10]),
+    "long": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a link": link,
+    "a pipe": pipe,
+}
+
+
+@pytest.mark.parametrize("ruin", RUINS)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_ruined_segment_is_dropped_with_what_hangs_on_it(
+    fed: Store, warned: list[str], ruin: str, which: int
+) -> None:
+    path = segments(fed)[which]
+    RUINS[ruin](path)
+    assert restore(fed, TEXT).position == which * FIRST
+    assert len(warned) == 1
+    assert path.name[:12] in warned[0]
+    assert len(fed.index.segments()) == which
+    assert not path.exists()
+    again = Feeder(fed)
+    again.feed(TEXT)
+    assert restore(fed, TEXT).position == len(TEXT)
+
+
+@pytest.mark.parametrize("ruin", RUINS)
+def test_a_ruined_point_gives_way_to_the_one_before(fed: Store, warned: list[str], ruin: str) -> None:
+    path = points(fed)[-1]
+    RUINS[ruin](path)
+    assert restore(fed, TEXT).position == 2 * FIRST
+    assert len(warned) == 1
+    assert not path.exists()
+    assert len(fed.index.segments()) == 3
+
+
+@pytest.mark.parametrize("kind", ["segment", "point"])
+def test_a_bit_flipped_anywhere_is_seen(tmp_path: Path, fed: Store, warned: list[str], kind: str) -> None:
+    """At 40 places of the file, its first and last bytes among them."""
+    path = (segments(fed) if kind == "segment" else points(fed))[-1]
+    whole = path.read_bytes()
+    copy = tmp_path / "copy"
+    fed.close()
+    shutil.copytree(fed.folder.path, copy)
+    places = sorted({0, 8, 12, len(whole) - 1, *np.random.default_rng(1).integers(0, len(whole), 36).tolist()})
+    for at in places:
+        other = Store(copy, warn=warned.append)
+        victim = copy / path.relative_to(fed.folder.path)
+        flip(victim, at)
+        assert restore(other, TEXT).position == 2 * FIRST, at
+        assert not victim.exists(), at
+        Feeder(other).feed(TEXT, FIRST)
+        assert restore(other, TEXT).position == 3 * FIRST, at
+        other.close()
+    assert len(warned) == len(places)
+
+
+def test_swapped_segments_are_not_taken_for_each_other(fed: Store, warned: list[str]) -> None:
+    _, second, third = segments(fed)
+    content = second.read_bytes()
+    second.write_bytes(third.read_bytes())
+    third.write_bytes(content)
+    assert restore(fed, TEXT).position == FIRST
+    assert len(warned) == 1
+    assert "not the segment that its name says" in warned[0]
+
+
+def test_swapped_points_are_not_taken_for_each_other(fed: Store, warned: list[str]) -> None:
+    _, second, third = points(fed)
+    third.write_bytes(second.read_bytes())
+    assert restore(fed, TEXT).position == 2 * FIRST
+    assert len(warned) == 1
+    assert "not the restore point that its name says" in warned[0]
+
+
+def test_rows_of_another_model_are_not_read(fed: Store) -> None:
+    """Another digest finds nothing; the same digest with other streams is a lie, and is found out."""
+    assert fed.match(timeline(digest="d2"), TEXT).reason == "nothing of this model is stored"
+    warned: list[str] = []
+    fed.warn = warned.append
+    assert restore(fed, TEXT, timeline(widen=2)).position == 0
+    assert "is not of this model" in warned[0]
+
+
+def test_what_was_evicted_meanwhile_is_no_damage(fed: Store, warned: list[str]) -> None:
+    other = Store(fed.folder.path, warn=warned.append)
+    match = fed.match(timeline(), TEXT)
+    other.remove(match.chain[0].key)
+    assert restore(fed, TEXT).position == 0
+    assert warned == []
+    other.close()
+
+
+def test_files_without_rows_in_the_index_are_adopted(fed: Store, warned: list[str]) -> None:
+    rows = fed.index.segments(), fed.index.points()
+    fed.close()
+    for name in ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"):
+        (fed.folder.path / name).unlink(missing_ok=True)
+    again = Store(fed.folder.path, warn=warned.append)
+    assert [(row.key, row.start, row.stop, row.bytes) for row in again.index.segments()] == [
+        (row.key, row.start, row.stop, row.bytes) for row in rows[0]
+    ]
+    assert again.index.points() == rows[1]
+    assert restore(again, TEXT).position == len(TEXT)
+    assert warned == []
+    again.close()
+
+
+def test_a_damaged_index_is_made_again(fed: Store, warned: list[str]) -> None:
+    fed.close()
+    (fed.folder.path / "index.sqlite-wal").unlink(missing_ok=True)
+    (fed.folder.path / "index.sqlite").write_bytes(b"this is no database, not at all" * 400)
+    again = Store(fed.folder.path, warn=warned.append)
+    assert restore(again, TEXT).position == len(TEXT)
+    assert len(warned) == 1
+    assert "damaged" in warned[0]
+    again.close()
+
+
+def test_what_hangs_on_nothing_is_removed_at_opening(fed: Store) -> None:
+    orphan = segments(fed)[2]
+    content = orphan.read_bytes()
+    fed.remove(fed.index.segments()[1].key)
+    orphan.write_bytes(content)
+    fed.close()
+    again = Store(fed.folder.path)
+    assert not orphan.exists()
+    assert len(again.index.segments()) == 1
+    again.close()
+
+
+def header(found: object, claimed_bytes: int | None = None) -> bytes:
+    """A header with a right checksum, whatever it says."""
+    text = found if isinstance(found, bytes) else json.dumps(found).encode()
+    start = struct.pack("<8sII", b"TENFOLD\n", 1, len(text) if claimed_bytes is None else claimed_bytes) + text
+    return start + struct.pack("<Q", xxhash.xxh3_64_intdigest(start))
+
+
+def part(**fields: object) -> dict[str, object]:
+    return {"facts": {}, "parts": [{"name": "a", "dtype": "uint8", "shape": [1], "checksums": ["0"], **fields}]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"TENFOLD\n",
+        header({}, claimed_bytes=(1 << 32) - 1),
+        header(b"[" * 100_000),
+        header(b"\xff\xfe"),
+        header([]),
+        header({"facts": [], "parts": []}),
+        header({"facts": {}, "parts": {"a": 1}}),
+        header(part(shape=[1 << 39, 1 << 39])),
+        header(part(shape=[-1])),
+        header(part(shape=[True])),
+        header(part(shape=[])),
+        header(part(dtype="object")),
+        header(part(name=7)),
+        header(part(checksums=["zz"])),
+        header(part(checksums=[])),
+        header(part(checksums="0" * 1_000_000)),
+        header(part()),
+        header({"facts": {}, "parts": part()["parts"] * 2}) + b"\0\0",  # type: ignore[operator]
+        header({"facts": {}, "parts": []}) + b"\0",
+        header({"facts": {}, "parts": []}).replace(b"TENFOLD", b"tenfold"),
+        struct.pack("<8sII", b"TENFOLD\n", 2, 0) + bytes(8),
+    ],
+    ids=lambda content: f"{len(content)}-{content[16:60]!r}",
+)
+def test_hostile_headers_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with open_file(tmp_path / "file") as fd, pytest.raises(Damaged):
+        read_header(fd)
+
+
+def test_a_harmless_header_is_not(tmp_path: Path) -> None:
+    """What the test above would miss if every header were refused."""
+    (tmp_path / "file").write_bytes(header(part()) + b"\0")
+    with open_file(tmp_path / "file") as fd:
+        assert read_header(fd).parts["a"].num_bytes == 1
