@@ -31,6 +31,8 @@ app = typer.Typer(
     help="Read a million tokens with DeepSeek V4 on your own hardware.",
 )
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure a model on this machine.")
+app.add_typer(bench_app, name="bench")
 store_app = typer.Typer(no_args_is_help=True, help="Look after the contexts kept on disk.")
 app.add_typer(store_app, name="store")
 
@@ -368,6 +370,33 @@ def demo(
     found = showing.show(text, max_tokens=max_tokens, seed=seed, quiet=as_json, threads=threads)
     if as_json:
         _print_json(found)
+
+
+@bench_app.command("context")
+@reported
+def bench_context(
+    model: Model,
+    context: Annotated[str, typer.Option(help="The longest context: 64K, 256K, 1Mi.")] = "64K",
+    csv: Annotated[Path | None, typer.Option(help="Write the figures to FILE.csv.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them to FILE.svg or FILE.png.")] = None,
+    backend: Backend = "auto",
+    memory: Memory = None,
+    threads: Threads = None,
+    no_store: NoStore = False,
+    as_json: Json = False,
+) -> None:
+    """Walk from 1K tokens to CONTEXT: prefill and decode tokens/s, live KV, bytes on disk, memory against the plan."""
+    from tenfold import bench_views
+    from tenfold.planner.prices import parse_tokens
+
+    length = parse_tokens(context)
+    found = bench_views.run(model, length, backend, memory, threads, keep=not no_store, quiet=as_json)
+    if csv is not None:
+        bench_views.write_csv({model: found}, csv)
+    if plot is not None:
+        bench_views.draw({model: found}, plot)
+    if as_json:
+        _print_json({"model": model, "frontiers": [one.report() for one in found]})
 
 
 @store_app.command("list")

@@ -1,0 +1,77 @@
+"""How the figures of `tenfold bench` are shown: a table as they come, CSV, charts."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tenfold import charts, terminal
+from tenfold.bench import Frontier, frontiers, walk
+from tenfold.engine import Engine
+from tenfold.terminal import bytes_text
+
+__all__ = ["draw", "run", "write_csv"]
+
+
+def run(
+    model: str,
+    longest: int,
+    backend: str = "auto",
+    memory: str | None = None,
+    threads: int | None = None,
+    *,
+    keep: bool = True,
+    quiet: bool = False,
+) -> list[Frontier]:
+    """Walks one model; a line on stderr at each frontier unless quiet. Raises what `Engine.load` and `session` do."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine.load(model, backend, "deployed", memory, Path(folder) if keep else None, threads=threads)
+        with terminal.reading(longest) as clock:
+            for frontier in walk(engine, frontiers(longest), progress=clock.advance):
+                found.append(frontier)
+                if not quiet:
+                    terminal.talk.print(_line(frontier), soft_wrap=True)
+    return found
+
+
+def _line(one: Frontier) -> str:
+    share = one.peak_rss_bytes / one.plan_bytes - 1
+    eta = "" if one.eta_error is None else f"; time left told from a tenth on was off by at most {one.eta_error:.0%}"
+    return (
+        f"{one.context:>9,} tokens: prefill {one.prefill_tps:,.0f} tokens/s, decode {one.decode_tps:,.1f};"
+        f" KV {bytes_text(one.kv_bytes)}, on disk {bytes_text(one.stored_bytes)},"
+        f" peak memory {bytes_text(one.peak_rss_bytes)} ({share:+.1%} of the plan){eta}"
+    )
+
+
+def write_csv(found: Mapping[str, Sequence[Frontier]], path: Path) -> None:
+    rows = [{"model": model, **one.report()} for model, frontiers in found.items() for one in frontiers]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(found: Mapping[str, Sequence[Frontier]], path: Path) -> None:
+    """Prefill, decode, live KV and bytes on disk against the context, all models on each chart."""
+    x = [one.context for one in next(iter(found.values()))]
+    about = (
+        ("Prefill, new tokens", "tokens/s", "prefill_tps"),
+        ("Decode", "tokens/s", "decode_tps"),
+        ("Live KV cache", "B", "kv_bytes"),
+        ("On disk", "B", "stored_bytes"),
+    )
+    drawn = [
+        charts.Lines(
+            title,
+            "context, tokens",
+            unit,
+            x,
+            [(model, [float(getattr(one, field)) for one in frontiers]) for model, frontiers in found.items()],
+        )
+        for title, unit, field in about
+    ]
+    charts.write(drawn, path)

@@ -1,0 +1,36 @@
+"""The walk over frontiers: what it reports is what the sessions hold, and the charts can be drawn."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tenfold import Engine
+from tenfold.bench import frontiers, walk
+from tenfold.bench_views import draw, write_csv
+
+
+def test_frontiers_grow_fourfold_up_to_the_longest() -> None:
+    assert frontiers(100) == [100]
+    assert frontiers(1024) == [1024]
+    assert frontiers(20_000) == [1024, 4096, 16_384, 20_000]
+    assert frontiers(1 << 20) == [1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_walk_reports_what_was_held_and_stored(tmp_path: Path, keep: bool) -> None:
+    engine = Engine.load("tiny-v4-flash", store=tmp_path / "store" if keep else None)
+    reported: list[int] = []
+    found = list(walk(engine, [300, 700], progress=reported.append))
+    assert [one.context for one in found] == [300, 700]
+    assert found[1].kv_bytes == sum(engine.config.kv_bytes(700).values())
+    assert all(one.prefill_tps > 0 < one.decode_tps for one in found)
+    assert reported[-1] == 700
+    assert all((one.stored_bytes > one.context) is keep for one in found)
+    assert found[0].plan_bytes == found[1].plan_bytes > 0
+    write_csv({"tiny": found}, tmp_path / "f.csv")
+    assert [row["context"] for row in csv.DictReader((tmp_path / "f.csv").open())] == ["300", "700"]
+    draw({"tiny": found}, tmp_path / "f.svg")
+    assert "tiny" in (tmp_path / "f.svg").read_text(encoding="utf-8")
