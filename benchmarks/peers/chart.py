@@ -11,7 +11,7 @@ from pathlib import Path
 
 TENFOLD = "tenfold"
 GREY = "#8b949e"
-COLOURS = ("#e8590c", "#1c7ed6", "#4dabf7", "#7950f2", "#2f9e44", "#c2a300")
+COLOURS = ("#e8590c", "#1c7ed6", "#4dabf7", "#7950f2", "#2f9e44", "#c2a300", "#d6336c", "#12b886")
 MARKERS = "oDsv^P"
 PANELS = (
     ("reading: tokens/s in 512-token chunks at that depth, or from the start up to 16K", ("prefill", "chunk")),
