@@ -5,7 +5,8 @@
 
 The context grows as a long conversation does: chunks of --chunk tokens with an automatic restore point after each, and
 message ends at random places. Restores, into fresh memory, are cold (the page cache is dropped) and alternate with
-raw reads of the same files into one buffer again and again, by one reader (`raw`) and by two (`raw_two`), as the store has. Random rows.
+raw reads of the same files into one buffer again and again, by one reader (`raw`) and by two (`raw_two`), as the
+store has. Random rows.
 Results: results/store.json.
 """
 
