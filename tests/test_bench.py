@@ -6,9 +6,10 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from tenfold import Engine
-from tenfold.bench import frontiers, walk
+from tenfold.bench import _decode_tps, frontiers, walk
 from tenfold.bench_views import draw, write_csv
 
 
@@ -31,6 +32,19 @@ def test_a_walk_reports_what_was_held_and_stored(tmp_path: Path, keep: bool) -> 
     assert all((one.stored_bytes > one.context) is keep for one in found)
     assert found[0].plan_bytes == found[1].plan_bytes > 0
     write_csv({"tiny": found}, tmp_path / "f.csv")
-    assert [row["context"] for row in csv.DictReader((tmp_path / "f.csv").open())] == ["300", "700"]
+    with (tmp_path / "f.csv").open(encoding="utf-8") as file:
+        assert [row["context"] for row in csv.DictReader(file)] == ["300", "700"]
     draw({"tiny": found}, tmp_path / "f.svg")
-    assert "tiny" in (tmp_path / "f.svg").read_text(encoding="utf-8")
+    drawn = (tmp_path / "f.svg").read_text(encoding="utf-8")
+    assert "tiny" in drawn
+    assert ("On disk" in drawn) is keep
+
+
+@pytest.mark.parametrize("length", [40, 60, 64])
+def test_decoding_at_the_end_of_a_full_context_leaves_the_timeline_as_it_was(length: int) -> None:
+    session = Engine.load("tiny-v4-flash").session(64)
+    ids = list(range(100, 100 + length))
+    logits = session.feed(ids).clone()
+    assert _decode_tps(session) > 0
+    assert session.tokens == tuple(ids)
+    assert torch.equal(session.last_logits, logits)

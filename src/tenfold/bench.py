@@ -116,16 +116,18 @@ def _both(first: Progress, second: Progress | None, done: int) -> Callable[[int]
 
 
 def _decode_tps(session: Session) -> float:
-    """Decoded tokens a second here; the timeline ends as it was."""
-    steps = min(_DECODE_STEPS, session.context - session.length)
-    if steps <= 0:
-        return float("nan")
-    length, times = session.length, []
-    for _ in range(steps):
+    """Decoded tokens a second here, or just before the end where no room is left; the timeline ends as it was."""
+    room = session.context - session.length
+    start = session.length - max(0, _DECODE_STEPS - room)
+    removed = session.tokens[start:]
+    session.rewind(start)
+    times = []
+    for _ in range(_DECODE_STEPS):
         began = time.perf_counter()
         session.engine.step({session: [int(session.last_logits.argmax())]})
         times.append(time.perf_counter() - began)
-    session.rewind(length)
+    session.rewind(start)
+    session.feed(removed)
     return 1 / statistics.median(times)
 
 

@@ -57,21 +57,17 @@ def write_csv(found: Mapping[str, Sequence[Frontier]], path: Path) -> None:
 
 def draw(found: Mapping[str, Sequence[Frontier]], path: Path) -> None:
     """Prefill, decode, live KV and bytes on disk against the context, all models on each chart."""
-    x = [one.context for one in next(iter(found.values()))]
+    x = sorted({one.context for frontiers in found.values() for one in frontiers})
     about = (
         ("Prefill, new tokens", "tokens/s", "prefill_tps"),
         ("Decode", "tokens/s", "decode_tps"),
         ("Live KV cache", "B", "kv_bytes"),
         ("On disk", "B", "stored_bytes"),
     )
-    drawn = [
-        charts.Lines(
-            title,
-            "context, tokens",
-            unit,
-            x,
-            [(model, [float(getattr(one, field)) for one in frontiers]) for model, frontiers in found.items()],
-        )
-        for title, unit, field in about
-    ]
+    drawn = []
+    for title, unit, field in about:
+        at = {model: {one.context: float(getattr(one, field)) for one in found[model]} for model in found}
+        curves = [(model, [values.get(length) or None for length in x]) for model, values in at.items()]
+        if any(value for _, values in curves for value in values):
+            drawn.append(charts.Lines(title, "context, tokens", unit, x, curves))
     charts.write(drawn, path)

@@ -30,13 +30,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 16, 40, 64
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Curves over a shared x; both axes are logarithmic."""
+    """Curves over a shared x, None where one has no value; both axes are logarithmic."""
 
     title: str
     x_label: str
     y_label: str
     x: Sequence[float]
-    curves: Sequence[tuple[str, Sequence[float]]]
+    curves: Sequence[tuple[str, Sequence[float | None]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def comparison(models: Sequence[Compared], context: int) -> list[Chart]:
     """KV cache and FLOPs over context, what FLOPs are made of, and launch prices."""
     lengths = [length for length in CONTEXTS if length != 1_048_576]
 
-    def curves(figure: Callable[[Compared, int], float]) -> list[tuple[str, list[float]]]:
+    def curves(figure: Callable[[Compared, int], float]) -> list[tuple[str, Sequence[float | None]]]:
         return [(model.name, [figure(model, length) for length in lengths]) for model in models]
 
     charts: list[Chart] = [
@@ -134,8 +134,8 @@ def _marks(chart: Chart) -> list[_Mark]:
 
 
 def _lines(chart: Lines) -> list[_Mark]:
-    high = max(value for _, values in chart.curves for value in values)
-    low = min(value for _, values in chart.curves for value in values)
+    present = [value for _, values in chart.curves for value in values if value is not None]
+    high, low = max(present), min(present)
     y_decades = (math.floor(math.log10(low)), math.ceil(math.log10(high)))
     x_range = (math.log2(chart.x[0]), math.log2(chart.x[-1]))
 
@@ -156,7 +156,7 @@ def _lines(chart: Lines) -> list[_Mark]:
         marks.append(_Mark("line", (foot, (foot[0], foot[1] + 4))))
         marks.append(_Mark("words", ((foot[0], foot[1] + 17),), text=_tokens(x), anchor="middle"))
     for i, (_, values) in enumerate(chart.curves):
-        points = tuple(place(x, y) for x, y in zip(chart.x, values, strict=True))
+        points = tuple(place(x, y) for x, y in zip(chart.x, values, strict=True) if y is not None)
         marks.append(_Mark("line", points, COLOURS[i % len(COLOURS)], 2.5))
     marks.append(_Mark("words", ((WIDTH - _RIGHT, HEIGHT - 32),), text=chart.x_label, anchor="end"))
     return marks + _legend([name for name, _ in chart.curves])
@@ -264,7 +264,7 @@ def _write_png(charts: Sequence[Chart], path: Path) -> None:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        raise RunError("charts as PNG need Pillow; run `pip install pillow`, or write .svg") from None
+        raise RunError("charts as PNG need Pillow; run `pip install 'tenfold[png]'`, or write .svg") from None
     scale = _PNG_SCALE
     image = Image.new("RGB", (WIDTH * scale, HEIGHT * scale * len(charts)), "#ffffff")
     draw: Any = ImageDraw.Draw(image)

@@ -29,7 +29,7 @@ def test_charts_draw_the_planner_s_figures() -> None:
     assert isinstance(shares, Bars)
     assert kv.x[-1] == MILLION
     assert [values[-1] for _, values in kv.curves] == [kv_bytes(model.anatomy, MILLION) for model in MODELS]
-    assert [f"{values[-1] / 1e9:.1f}" for _, values in flops.curves] == ["1146.1", "116.6", "310.3"]
+    assert [f"{(values[-1] or 0) / 1e9:.1f}" for _, values in flops.curves] == ["1146.1", "116.6", "310.3"]
     index_share = dict(shares.columns[0][1])["index scores"] / sum(value for _, value in shares.columns[0][1])
     assert f"{index_share:.2f}" == "0.87"
 
