@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from contexts import pretend
 from runs import commit, machine_name
 
 from tenfold import Engine
+from tenfold.contexts import pretend
 from tenfold.engine import Session
 from tenfold.peaks import measure
 from tenfold.planner import Peaks, roofline_seconds, step_work

@@ -1,9 +1,9 @@
 """What `tenfold plan` predicts for this machine beside what the engine takes: decode and a chunk of prefill.
 
-    python benchmarks/plan.py [FOLDER]        (the embedded model without FOLDER)
+    python benchmarks/plan.py [FOLDER] [--chunk 2048]        (the embedded model without FOLDER)
 
 First `tenfold doctor --measure`'s figures are taken anew; contexts are random rows (`contexts.pretend`), prefill is
-one chunk of 2,048 tokens at that depth. Results: results/plan-NAME.json.
+one chunk at that depth. Results: results/plan-NAME.json.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from contexts import pretend
 from runs import commit, machine_name
 
 from tenfold import Engine
 from tenfold.calibration import calibrate
+from tenfold.contexts import pretend
 from tenfold.engine import Session
 from tenfold.planner.anatomy import dissect, loaded
 from tenfold.planner.clocks import LocalClock, residual_channels
 
 CONTEXTS = (1024, 65_536, 1_000_000)
-CHUNK_TOKENS = 2048
 DECODES, CHUNKS = 15, 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="tiny-v4-flash")
-    folder = parser.parse_args().folder
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens of a chunk of prefill")
+    args = parser.parse_args()
+    folder = args.folder
     measured = calibrate()
     engine = Engine.load(folder, backend="cpu")
     clock = LocalClock(dissect(engine.config, loaded), measured, residual_channels(engine.config))
-    rows = [row for context in CONTEXTS for row in compared(engine, clock, context)]
+    rows = [row for context in CONTEXTS for row in compared(engine, clock, context, args.chunk)]
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     found = {"machine": machine_name(), "commit": commit(), "measured": asdict(measured), "rows": rows}
@@ -44,7 +45,7 @@ def main() -> None:
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def compared(engine: Engine, clock: LocalClock, context: int) -> list[dict[str, object]]:
+def compared(engine: Engine, clock: LocalClock, context: int, chunk: int) -> list[dict[str, object]]:
     session = engine.session()
     pretend(session, context)
     feed_s(session, 1)  # the first touch of weights and rows is not what is predicted
@@ -52,9 +53,9 @@ def compared(engine: Engine, clock: LocalClock, context: int) -> list[dict[str, 
     predicted_s = clock.decode_s(session.length)
     rows = [line("decode", context, decode_s, predicted_s)]
     depth = session.length
-    chunk_s = statistics.median(feed_s(session, CHUNK_TOKENS) for _ in range(CHUNKS))
-    middle = depth + (CHUNKS // 2) * CHUNK_TOKENS
-    return [*rows, line("chunk", context, chunk_s, clock.prefill_s(middle, middle + CHUNK_TOKENS))]
+    chunk_s = statistics.median(feed_s(session, chunk) for _ in range(CHUNKS))
+    middle = depth + (CHUNKS // 2) * chunk
+    return [*rows, line(f"chunk of {chunk}", context, chunk_s, clock.prefill_s(middle, middle + chunk))]
 
 
 def feed_s(session: Session, tokens: int) -> float:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tenfold import Engine
-from tenfold.bench import _decode_tps, frontiers, walk
-from tenfold.bench_views import draw, write_csv
+from tenfold.bench import _decode_tps, frontiers, sample, walk
+from tenfold.bench_views import draw, name, write_csv
 
 
 def test_frontiers_grow_fourfold_up_to_the_longest() -> None:
@@ -48,3 +48,14 @@ def test_decoding_at_the_end_of_a_full_context_leaves_the_timeline_as_it_was(len
     assert _decode_tps(session) > 0
     assert session.tokens == tuple(ids)
     assert torch.equal(session.last_logits, logits)
+
+
+def test_samples_hold_what_the_whole_would_and_share_a_chart(tmp_path: Path) -> None:
+    engine = Engine.load("tiny-v4-flash")
+    found = list(sample(engine, [1024, 5000]))
+    assert [one.kv_bytes for one in found] == [sum(engine.config.kv_bytes(length).values()) for length in (1024, 5000)]
+    assert all(one.prefill_tps > 0 < one.decode_tps for one in found)
+    draw({name("a/long"): found, name("short"): found[:1]}, tmp_path / "f.svg")
+    drawn = (tmp_path / "f.svg").read_text(encoding="utf-8")
+    assert ">long<" in drawn
+    assert drawn.count("<polyline") > 0

@@ -22,7 +22,7 @@ LAYERS = (
     ("weights", "streams", "step", "sampler", "models", "quantise", "peaks", "counting"),
     ("engine", "keeping", "store", "synth", "inspection", "calibration", "doctor"),
     ("tenfold",),
-    ("completion", "scheduler", "terminal", "bench"),
+    ("completion", "contexts", "scheduler", "terminal", "bench"),
     ("protocol", "server", "views", "talk", "store_views", "bench_views", "planner_views", "charts", "report"),
     ("planner_cli",),
     ("demo",),

@@ -6,9 +6,9 @@ import statistics
 
 import torch
 from common import CHUNK_TOKENS, arguments, decode_steps, memory_mb, random_ids, report, save_logits, seconds
-from contexts import pretend
 
 import tenfold
+from tenfold.contexts import pretend
 from tenfold.engine import Engine, Session
 
 RUNS = 3

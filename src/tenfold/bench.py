@@ -1,7 +1,8 @@
 """`tenfold bench context`: a model at growing lengths: speed, live KV, bytes on disk, memory against the plan.
 
-One timeline is read from frontier to frontier, so an interval is timed once; at each frontier some tokens are decoded
-and taken back. Knows sessions and the store; how it is shown is the caller's.
+`walk` reads one timeline from frontier to frontier, so an interval is timed once; `sample` fills streams with random
+rows and reads only what ends at a frontier, for models that would take days. At each frontier some tokens are decoded.
+Knows sessions and the store; how it is shown is the caller's.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from pathlib import Path
 
 import torch
 
+from tenfold.contexts import pretend
 from tenfold.engine import Engine, Progress, Session
 from tenfold.store import Store
 from tenfold.terminal import ReadingClock
 
-__all__ = ["Frontier", "frontiers", "walk"]
+__all__ = ["Frontier", "frontiers", "sample", "walk"]
 
 _DECODE_STEPS = 16
+_SAMPLE_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """Figures at `context` tokens. Prefill is that of the tokens since the frontier before.
+    """Figures at `context` tokens. Prefill is that of the tokens since the frontier before, or of those sampled.
 
     `peak_rss_bytes` is the process's so far; `plan_bytes` what was planned before anything was read, mapped weights
     that were touched included. `eta_error` is how far the time predicted after a tenth of the whole read was off, at
@@ -88,6 +91,31 @@ def walk(
             keeper.store.close()
 
 
+def sample(engine: Engine, lengths: Sequence[int], progress: Progress | None = None) -> Iterator[Frontier]:
+    """The last tokens before each length, from 1,024 on, read behind random rows; nothing is stored."""
+    for length in lengths:
+        session = engine.session(length)
+        plan_bytes = _rss_bytes() + session.need.total_bytes - session.need.base_bytes + engine.budget.weights_bytes
+        ids = torch.randint(0, engine.config.vocab_size, (_SAMPLE_TOKENS,)).tolist()
+        pretend(session, length - _DECODE_STEPS - len(ids))
+        began = time.perf_counter()
+        engine.step({session: ids})
+        prefill_s = time.perf_counter() - began
+        if progress is not None:
+            progress(length)
+        yield Frontier(
+            context=length,
+            prefill_s=prefill_s,
+            prefill_tps=len(ids) / prefill_s,
+            decode_tps=1 / statistics.median(_step_s(session) for _ in range(_DECODE_STEPS)),
+            kv_bytes=sum(session.kv_bytes().values()),
+            stored_bytes=0,
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+            plan_bytes=plan_bytes,
+        )
+        del session
+
+
 class _Predictions:
     """How truthful the time left was, from a tenth of the read on; time spent elsewhere does not count."""
 
@@ -121,14 +149,16 @@ def _decode_tps(session: Session) -> float:
     start = session.length - max(0, _DECODE_STEPS - room)
     removed = session.tokens[start:]
     session.rewind(start)
-    times = []
-    for _ in range(_DECODE_STEPS):
-        began = time.perf_counter()
-        session.engine.step({session: [int(session.last_logits.argmax())]})
-        times.append(time.perf_counter() - began)
+    step_s = statistics.median(_step_s(session) for _ in range(_DECODE_STEPS))
     session.rewind(start)
     session.feed(removed)
-    return 1 / statistics.median(times)
+    return 1 / step_s
+
+
+def _step_s(session: Session) -> float:
+    began = time.perf_counter()
+    session.engine.step({session: [int(session.last_logits.argmax())]})
+    return time.perf_counter() - began
 
 
 def _rss_bytes() -> int:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tenfold import charts, terminal
-from tenfold.bench import Frontier, frontiers, walk
+from tenfold.bench import Frontier, frontiers, sample, walk
 from tenfold.engine import Engine
 from tenfold.terminal import bytes_text
 
-__all__ = ["draw", "run", "write_csv"]
+__all__ = ["draw", "name", "run", "write_csv"]
 
 
 def run(
@@ -23,18 +23,29 @@ def run(
     threads: int | None = None,
     *,
     keep: bool = True,
+    sampled: bool = False,
     quiet: bool = False,
 ) -> list[Frontier]:
-    """Walks one model; a line on stderr at each frontier unless quiet. Raises what `Engine.load` and `session` do."""
+    """Walks one model, or samples it; a line on stderr at each frontier unless quiet.
+
+    Raises what `Engine.load` and `session` do.
+    """
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine.load(model, backend, "deployed", memory, Path(folder) if keep else None, threads=threads)
+        store = Path(folder) if keep and not sampled else None
+        engine = Engine.load(model, backend, "deployed", memory, store, threads=threads)
+        figures = sample if sampled else walk
         with terminal.reading(longest) as clock:
-            for frontier in walk(engine, frontiers(longest), progress=clock.advance):
+            for frontier in figures(engine, frontiers(longest), progress=clock.advance):
                 found.append(frontier)
                 if not quiet:
                     terminal.talk.print(_line(frontier), soft_wrap=True)
     return found
+
+
+def name(model: str) -> str:
+    """What a model is called in tables and charts: its folder's name."""
+    return Path(model).name
 
 
 def _line(one: Frontier) -> str:

@@ -375,8 +375,11 @@ def demo(
 @bench_app.command("context")
 @reported
 def bench_context(
-    model: Model,
+    models: Annotated[list[str], typer.Argument(help="Checkpoint folders, or the embedded model tiny-v4-flash.")],
     context: Annotated[str, typer.Option(help="The longest context: 64K, 256K, 1Mi.")] = "64K",
+    sampled: Annotated[
+        bool, typer.Option("--sampled", help="Do not read it all: random rows, then the last 512 tokens.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the figures to FILE.csv.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them to FILE.svg or FILE.png.")] = None,
     backend: Backend = "auto",
@@ -389,14 +392,25 @@ def bench_context(
     from tenfold import bench_views
     from tenfold.planner.prices import parse_tokens
 
-    length = parse_tokens(context)
-    found = bench_views.run(model, length, backend, memory, threads, keep=not no_store, quiet=as_json)
+    found = {
+        bench_views.name(model): bench_views.run(
+            model,
+            parse_tokens(context),
+            backend,
+            memory,
+            threads,
+            keep=not no_store,
+            sampled=sampled,
+            quiet=as_json,
+        )
+        for model in models
+    }
     if csv is not None:
-        bench_views.write_csv({model: found}, csv)
+        bench_views.write_csv(found, csv)
     if plot is not None:
-        bench_views.draw({model: found}, plot)
+        bench_views.draw(found, plot)
     if as_json:
-        _print_json({"model": model, "frontiers": [one.report() for one in found]})
+        _print_json({model: [one.report() for one in frontiers] for model, frontiers in found.items()})
 
 
 @store_app.command("list")

@@ -6,8 +6,6 @@ is scattered over the whole context, the worst case for gathering. Knows nothing
 
 from __future__ import annotations
 
-from math import ceil
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ def pretend(session: Session, length: int, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     exact = session.engine.exact
     empty = session.streams.restore_point(0).fixed
-    fixed, rows = {}, {}
+    fixed = {}
     for spec in session.streams.specs:
         layout = exact_layout(spec.layout) if exact else spec.layout
         key = spec.layer, spec.name
@@ -35,9 +33,9 @@ def pretend(session: Session, length: int, seed: int = 0) -> None:
         elif spec.fixed_rows:
             fixed[key] = _rows(layout, spec.fixed_rows, generator)
         else:
-            rows[key] = _rows(layout, spec.rows_at(length), generator)
+            _fill(session.streams.rows(*key).data[: spec.rows_at(length)], layout, generator)
     logits = torch.zeros(session.engine.config.vocab_size)
-    session.restore(Snapshot(session.engine, (0,) * length, RestorePoint(length, fixed), rows, logits))
+    session.restore(Snapshot(session.engine, (0,) * length, RestorePoint(length, fixed), {}, logits))
 
 
 def _state(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -49,6 +47,11 @@ def _state(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _rows(layout: RowLayout, count: int, generator: torch.Generator) -> Tensor:
-    """Random rows; beyond a tile the same ones again, since packing takes longer than timing."""
-    tile = reference.pack_rows(torch.randn(min(count, _TILE_ROWS), layout.width, generator=generator), layout)
-    return tile.repeat(ceil(count / max(1, tile.shape[0])), 1)[:count]
+    return reference.pack_rows(torch.randn(count, layout.width, generator=generator), layout)
+
+
+def _fill(rows: Tensor, layout: RowLayout, generator: torch.Generator) -> None:
+    """Random rows in place; beyond a tile the same ones again, since packing takes longer than timing."""
+    tile = _rows(layout, min(len(rows), _TILE_ROWS), generator)
+    for start in range(0, len(rows), _TILE_ROWS):
+        rows[start : start + _TILE_ROWS] = tile[: len(rows) - start]
