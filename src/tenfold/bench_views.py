@@ -70,8 +70,8 @@ def draw(found: Mapping[str, Sequence[Frontier]], path: Path) -> None:
     """Prefill, decode, live KV and bytes on disk against the context, all models on each chart."""
     x = sorted({one.context for frontiers in found.values() for one in frontiers})
     about = (
-        ("Prefill, new tokens", "tokens/s", "prefill_tps"),
-        ("Decode", "tokens/s", "decode_tps"),
+        ("Prefill, new tokens/s", "", "prefill_tps"),
+        ("Decode, tokens/s", "", "decode_tps"),
         ("Live KV cache", "B", "kv_bytes"),
         ("On disk", "B", "stored_bytes"),
     )

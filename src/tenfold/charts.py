@@ -209,7 +209,8 @@ def _legend(names: Sequence[str], first: int = 0) -> list[_Mark]:
 
 
 def _tokens(x: float) -> str:
-    return f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1024:g}K"
+    million = 1e6 if x % 1e6 == 0 else 1 << 20
+    return f"{x / million:.3g}M" if x >= 1e6 else f"{x / 1024:g}K"
 
 
 def _amount(value: float, unit: str) -> str:
@@ -217,7 +218,7 @@ def _amount(value: float, unit: str) -> str:
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g} {prefix}{short}"
-    return f"{value:g} {short}"
+    return f"{value:g} {short}".rstrip()
 
 
 _STYLE = (
