@@ -1,6 +1,7 @@
-"""One task on transformers, float32, in chunks of 512 tokens. Knows the fields of its cache, to make up a long context.
+"""One task on transformers, float32 or --dtype bfloat16, in chunks of 512 tokens.
 
-A made-up context: 256 tokens really read, then compressed entries of noise up to the depth wanted.
+Knows the fields of its cache, to make up a long context: 256 tokens really read, then compressed entries of
+noise up to the depth wanted.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ BASIS = 256
 
 
 def main() -> None:
-    options = arguments(("chunk", int, CHUNK_TOKENS))
+    options = arguments(("chunk", int, CHUNK_TOKENS), ("dtype", str, "float32"))
     torch.set_num_threads(2)
-    model = load(options.work / "plain")
+    model = load(options.work / "plain", getattr(torch, options.dtype))
     run(model, random_ids(64), None, 0)
     result = globals()[options.task](model, options)
     report(**result, peak_mb=memory_mb(), version=transformers.__version__)
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, dtype: torch.dtype) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     words = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = transformers.DeepseekV4Config(**words)
     model = transformers.DeepseekV4ForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True
+        folder, config=config, dtype=dtype, output_loading_info=True
     )
     model, problems = model
     wrong = {kind: names for kind, names in problems.items() if names}
@@ -65,7 +66,7 @@ def filled(model: Any, tokens: int) -> Any:
         for name, rows in getattr(layer, "compressed_kv", {}).items():
             if rows is not None:
                 missing = tokens // layer.compress_rate - rows.shape[1]
-                noise = torch.randn(1, missing, rows.shape[2]) * rows.std()
+                noise = torch.randn(1, missing, rows.shape[2], dtype=rows.dtype) * rows.std()
                 layer.compressed_kv[name] = torch.cat([rows, noise], 1)
                 layer.entry_count[name] = layer.compressed_kv[name].shape[1]
         layer.cumulative_length = tokens
