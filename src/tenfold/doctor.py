@@ -15,7 +15,7 @@ from tenfold.planner.machines import store_measured
 __all__ = ["Check", "examine", "measure"]
 
 _REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "deepseek-recipe", "huggingface_hub", "typer", "rich")
-_EXTRAS = {"serve": ("fastapi", "uvicorn", "llguidance"), "gpu": ("triton",), "test": ("pytest", "transformers")}
+_EXTRAS = {"serve": ("starlette", "uvicorn", "llguidance"), "gpu": ("triton",), "test": ("pytest", "transformers")}
 
 
 @dataclass(frozen=True, slots=True)
