@@ -16,6 +16,8 @@ __all__ = ["Budget", "Need", "fit", "longest", "stream_bytes"]
 
 _MOST_CHUNK_TOKENS = 65536
 _LEAST_TILE_TOKENS, _MOST_TILE_TOKENS = 32, 2048
+_TILE_BYTES = 16 << 20
+_EXPERT_ROWS = 24
 _UNHURRIED_CHUNK_TOKENS = 4096
 _TOKENS_PER_S_FLOPS = 240e9
 _PATIENCE_S = 0.9
@@ -135,9 +137,14 @@ def _wanted_chunk(budget: Budget, tile: int) -> int:
 
 
 def _tile_tokens(config: ModelConfig) -> int:
-    """Tokens for which the routed experts of a layer, the longest operation, take under a second on a few cores."""
+    """Tokens whose numbers a layer can hold without taking ever new pages, or more that each expert gets some rows of.
+
+    But no more than those for which the routed experts, the longest operation, take under a second on a few cores.
+    """
     flops = 6 * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
-    tokens = int(_PATIENCE_S * _TOKENS_PER_S_FLOPS / flops)
+    patient = int(_PATIENCE_S * _TOKENS_PER_S_FLOPS / flops)
+    for_experts = _EXPERT_ROWS * config.n_routed_experts // config.num_experts_per_tok
+    tokens = min(patient, max(_TILE_BYTES // (4 * _token_numbers(config)), for_experts))
     return min(max(_LEAST_TILE_TOKENS, 1 << tokens.bit_length() - 1), _MOST_TILE_TOKENS)
 
 
@@ -149,15 +156,20 @@ def _residual_bytes(config: ModelConfig, tokens: int) -> int:
 
 def _scratch_bytes(config: ModelConfig, tile: int) -> int:
     """What a tile needs on its way through a layer, float32, and what kernels take for themselves."""
+    width = config.hidden_size + 3 * config.moe_intermediate_size
+    routed = 4 * tile * config.num_experts_per_tok * width
+    return 4 * _token_numbers(config) * tile + min(routed, _MOST_KERNEL_SCRATCH_BYTES) + _SLACK_BYTES
+
+
+def _token_numbers(config: ModelConfig) -> int:
+    """Numbers a token has in a layer at once, what kernels take for themselves apart."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     if isinstance(config, DeepseekV4Config):
         numbers = 3 * config.hc_mult * hidden + 4 * hidden + 3 * heads * config.head_dim
     else:
         assert isinstance(config, DeepseekV32Config)
         numbers = 6 * hidden + 3 * heads * (config.kv_lora_rank + config.qk_rope_head_dim)
-    numbers += 3 * config.index_n_heads * config.index_head_dim + config.index_topk
-    routed = 4 * tile * config.num_experts_per_tok * (hidden + 3 * config.moe_intermediate_size)
-    return 4 * numbers * tile + min(routed, _MOST_KERNEL_SCRATCH_BYTES) + _SLACK_BYTES
+    return numbers + 3 * config.index_n_heads * config.index_head_dim + config.index_topk
 
 
 def _refusal(config: ModelConfig, least: Need, budget: Budget, exact: bool) -> str:

@@ -9,6 +9,7 @@ operation, nor who chooses.
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -163,10 +164,23 @@ def _check_ids(ids: Tensor, num_experts: int) -> None:
         raise ValueError(f"ids: expected 0 to {num_experts - 1}, got {low if low < 0 else high}")
 
 
+class _Memory(threading.local):
+    """One thread's scratch, kept from call to call: asked for anew each time it would leave the heap full of holes."""
+
+    def __init__(self) -> None:
+        self.numbers = torch.empty(0)
+
+
+_memory = _Memory()
+
+
 def _scratch(rows: int, numbers_each: int) -> tuple[Tensor, int]:
-    """Memory for as many rows as a slice has, and how many these are."""
+    """Memory for as many rows as a slice has, good until this thread's next call, and how many these are."""
     slice_rows = min(rows, max(1, _SLICE_NUMBERS // numbers_each))
-    return torch.empty(slice_rows * numbers_each), slice_rows
+    if _memory.numbers.shape[0] < slice_rows * numbers_each:
+        _memory.numbers = torch.empty(0)  # before the new one is there
+        _memory.numbers = torch.empty(slice_rows * numbers_each)
+    return _memory.numbers, slice_rows
 
 
 def _kernel_format(stored: int, int8: bool) -> int:
