@@ -41,7 +41,7 @@ constexpr int32_t num_builds = sizeof(builds) / sizeof(builds[0]);
 #define TENFOLD_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a function below or the arguments of a kernel change.
-TENFOLD_EXPORT int32_t tenfold_abi_version() { return 4; }
+TENFOLD_EXPORT int32_t tenfold_abi_version() { return 5; }
 
 // "sse2 avx2 fma f16c": what this CPU and its operating system offer.
 TENFOLD_EXPORT const char* tenfold_cpu_features() { return tenfold::cpu_feature_names(); }

@@ -43,6 +43,18 @@ void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int
 void linear(const float* x, const void* codes, const void* scale, float* y, float* panels, int64_t n, int64_t groups,
             int64_t out, int64_t in, int64_t slice, int32_t format, int32_t threads);
 
+// One of several matrices on the same x: codes, scales, rows, format, and which of the packed forms of x is its own:
+// 0 for the first, then the same as before where the format is, else one more.
+struct Stacked {
+    const void *codes, *scale;
+    int64_t out, format, panels;
+};
+
+// y = x times each of the matrices, dense, one after the other; as `linear`, in one go. `panels` has room for
+// slice * padded(in) numbers for each packed form.
+void linear_each(const float* x, const Stacked* stack, int64_t count, float* y, float* panels, int64_t n, int64_t in,
+                 int64_t slice, int32_t threads);
+
 // out[t, :] = sum over i of weights[t, i] * w2 (silu(w1 x[t]) * w3 x[t]) of expert ids[t, i], in the order of expert
 // ids, gate and up clamped by `limit`. `addresses` holds codes and scales of w1, w2, w3 by expert; `pairs_memory`
 // room for 2 * n * topk + num_experts + 1 numbers, `memory` for slice * (padded(hidden) + 2 * inner + padded(inner)).

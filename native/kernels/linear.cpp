@@ -41,4 +41,29 @@ void linear(const float* x, const void* codes, const void* scale, float* y, floa
     }
 }
 
+void linear_each(const float* x, const Stacked* stack, int64_t count, float* y, float* panels, int64_t n, int64_t in,
+                 int64_t slice, int32_t threads) {
+    int64_t elements = 0;
+    for (int64_t i = 0; i < count; ++i) elements += stack[i].out * in;
+    for (int64_t first = 0; first < n; first += slice) {
+        const int64_t rows = smaller(slice, n - first);
+        for (int64_t i = 0; i < count; ++i) {
+            if (i > 0 && stack[i].panels == stack[i - 1].panels) continue;  // its format packed them already
+            float* const own = panels + stack[i].panels * slice * padded(in);
+            pack_groups(static_cast<Format>(stack[i].format), x + first * in, own, rows, 1, in, threads);
+        }
+        split_work(rows * elements, threads, [=](const Share& share) {
+            float* to = y;
+            for (int64_t i = 0; i < count; to += n * stack[i++].out) {
+                const Stacked& part = stack[i];
+                const Matrix weight{static_cast<Format>(part.format), part.codes, part.scale, part.out, in};
+                const Product product{weight, panels + part.panels * slice * padded(in), rows, 0, rows,
+                                      to + first * part.out, part.out, nullptr, 0, false};
+                const int64_t units = quads(part.out);
+                multiply(product, first_of(share, units) * kQuad, smaller(last_of(share, units) * kQuad, part.out));
+            }
+        });
+    }
+}
+
 }  // namespace tenfold::TENFOLD_ISA

@@ -5,6 +5,7 @@ namespace tenfold::TENFOLD_ISA {
 extern const Kernel kernels[] = {
     {"rms_norm", reinterpret_cast<void (*)()>(rms_norm)},
     {"linear", reinterpret_cast<void (*)()>(linear)},
+    {"linear_each", reinterpret_cast<void (*)()>(linear_each)},
     {"experts", reinterpret_cast<void (*)()>(experts)},
     {"sparse_attention", reinterpret_cast<void (*)()>(sparse_attention)},
     {"select_rows", reinterpret_cast<void (*)()>(select_rows)},

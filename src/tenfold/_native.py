@@ -40,13 +40,14 @@ __all__ = [
 
 ISA_VARIABLE = "TENFOLD_ISA"
 LIBRARY_VARIABLE = "TENFOLD_LIBRARY"
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _BUILD_HINT = "build it with `make env` in a clone, or `pip install -e .`"
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _KERNELS = {
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _INT32),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT32, _INT32),
+    "linear_each": (*[_POINTER] * 2, _INT64, *[_POINTER] * 2, *[_INT64] * 3, _INT32),
     "experts": (*[_POINTER] * 7, *[_INT64] * 6, _INT32, _INT32, _FLOAT, _INT32),
     "sparse_attention": (_POINTER, _POINTER, _INT64, *[_POINTER] * 3, *[_INT64] * 6, _FLOAT, _POINTER, _INT32),
     "select_rows": (*[_POINTER] * 6, *[_INT64] * 4, _INT32),

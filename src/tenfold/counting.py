@@ -14,7 +14,7 @@ from torch import Tensor
 from tenfold import checkpoint
 from tenfold.config import ModelConfig
 from tenfold.formats import I64, RowLayout
-from tenfold.ops import Experts, Ops, Rows, Weight
+from tenfold.ops import Experts, Ops, Rows, Stack, Weight
 from tenfold.planner.anatomy import PRECISIONS, Precision
 from tenfold.planner.work import Work
 
@@ -70,6 +70,11 @@ class CountingOps:
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         self._read(weight, multiply_adds=x.shape[0] * weight.shape[0] * weight.shape[1])
         return self._ops.linear(x, weight)
+
+    def linear_each(self, x: Tensor, stack: Stack) -> tuple[Tensor, ...]:
+        for weight in stack.weights:
+            self._read(weight, multiply_adds=x.shape[0] * weight.shape[0] * weight.shape[1])
+        return self._ops.linear_each(x, stack)
 
     def grouped_linear(self, x: Tensor, weight: Weight) -> Tensor:
         self._read(weight, multiply_adds=x.shape[0] * weight.shape[0] * weight.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from tenfold.config import RopeSpec
 from tenfold.formats import F32, exact_layout, index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
 from tenfold.models.blocks import rope_frequencies
-from tenfold.ops import Experts, Ops, Rows, Weight, reference
+from tenfold.ops import Experts, Ops, Rows, Stack, Weight, reference
 
 Move = Callable[[Tensor], Tensor]
 
@@ -67,8 +67,10 @@ def linear_cases(ops: Ops, T: int) -> Cases:
     x, heads, positions = randn(T, 96), randn(T, 5, 48, seed=1), randint(0, 1 << 20, (T,))
     frequencies = rope_frequencies(RopeSpec(10000.0, 48))
     w, v, deep = f32(randn(40, 96)), f32(randn(96)), f32(randn(96, 40))
+    deep_rows = f32(randn(7, 96, seed=2))
     yield "embed", each(ops.embed, positions % 40, weight=w)
     yield "linear", each(ops.linear, x, weight=w)
+    yield "linear_each", each(ops.linear_each, x, stack=Stack((w, deep_rows, w)))
     yield "linear-1", each(ops.linear, x, weight=f32(w.data[:1]))
     yield "grouped_linear", each(ops.grouped_linear, heads, weight=f32(randn(35, 48)))
     yield "rms_norm", each(ops.rms_norm, x, weight=v, eps=1e-6)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold import _native
 from tenfold.formats import BF16, FP8_BLOCK, FP8_BLOCK_F32, MXFP4
-from tenfold.ops import Experts, Ops, cpu, cpu_linear, reference
+from tenfold.ops import Experts, Ops, Stack, cpu, cpu_linear, reference
 from tenfold.quantise import quantize
 
 T = 1000
@@ -31,6 +31,8 @@ def stored_cases(ops: Ops) -> Cases:
     x, heads = randn(T, 160), randn(T, 3, 160, seed=1)
     ids, weights = randint(0, 5, (T, 1)), randn(T, 1).sigmoid()
     ids = torch.cat([ids, (ids + 2) % 5], 1)  # no expert twice
+    stack = tuple(quantize("w", randn(rows, 160) / 9, form) for rows, form in ((96, FP8_BLOCK), (7, BF16), (33, MXFP4)))
+    yield "linear_each-mixed", each(ops.linear_each, x, stack=Stack((stack[0], *stack)))
     for form in (BF16, FP8_BLOCK, FP8_BLOCK_F32, MXFP4):
         w1, w3, w2 = (quantize("w", randn(*shape) / 9, form) for shape in ((96, 160), (96, 160), (160, 96)))
         yield f"linear-{form.name}", each(ops.linear, x, weight=w1)
@@ -46,6 +48,7 @@ def int8_cases() -> Cases:
     x, heads = randn(T, 160), randn(T, 3, 160, seed=1)
     w1, w3, w2 = (quantize("w", randn(*shape) / 9, MXFP4) for shape in ((96, 160), (96, 160), (160, 96)))
     yield "linear-int8", each(cpu_linear.linear, x, weight=w1, int8=True)
+    yield "linear_each-int8", each(cpu_linear.linear_each, x, stack=Stack((w3, w1)), int8=True)
     yield "grouped_linear-int8", each(cpu_linear.grouped_linear, heads, weight=w1, int8=True)
     yield "feed_forward-int8", each(cpu_linear.feed_forward, x, w1=w1, w2=w2, w3=w3, limit=10.0, int8=True)
 

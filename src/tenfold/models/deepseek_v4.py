@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
 from tenfold.models.blocks import Binder, rope_frequencies, through_layers
-from tenfold.ops import Rows, Weight
+from tenfold.ops import Rows, Stack, Weight
 from tenfold.step import Span, Step
 from tenfold.streams import Streams
 
@@ -110,16 +110,20 @@ class Attention:
             self.compressor = Compressor(config, layer, bind, prefix + "compressor.", "rows", "state")
         if layer.attention == "csa":
             self.indexer = Indexer(config, layer, bind, prefix + "indexer.")
+        compressed = () if self.compressor is None else self.compressor.inputs
+        indexed = () if self.indexer is None else self.indexer.inputs
+        self.inputs = Stack((self.wq_a, self.wkv, *compressed, *indexed))
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
         c, ops = self.config, self.ops
         n = x.shape[0]
-        q_latent = ops.rms_norm(ops.linear(x, self.wq_a), self.q_norm, c.rms_norm_eps)
+        q_latent, row, *compressed = ops.linear_each(x, self.inputs)
+        q_latent = ops.rms_norm(q_latent, self.q_norm, c.rms_norm_eps)
         q = ops.linear(q_latent, self.wq_b).view(n, c.num_attention_heads, c.head_dim)
         q = ops.norm_rope(q, None, c.rms_norm_eps, step.positions, self.frequencies)
         rows = ops.norm_rope_pack(
-            ops.linear(x, self.wkv),
+            row,
             self.kv_norm,
             c.rms_norm_eps,
             step.positions,
@@ -128,8 +132,10 @@ class Attention:
             spread=False,
         )
         if self.compressor is not None:
-            self.compressor.append(x, step)
-        chosen = [None] * len(step.spans) if self.indexer is None else self.indexer.select(x, q_latent, step)
+            self.compressor.append(*compressed[:2], step)
+        chosen: Sequence[Tensor | None] = [None] * len(step.spans)
+        if self.indexer is not None:
+            chosen = self.indexer.select(*compressed[2:], q_latent, step)
         outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i]) for i, s in enumerate(step.spans)]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
@@ -162,6 +168,7 @@ class Compressor:
     ) -> None:
         self.config, self.layer, self.ops = config, layer, bind.ops
         self.wkv, self.wgate = bind(prefix + "wkv.weight"), bind(prefix + "wgate.weight")
+        self.inputs = (self.wkv, self.wgate)
         self.norm, self.ape = bind(prefix + "norm.weight"), bind(prefix + "ape")
         self.rows, self.state = rows, state
         self.frequencies = rope_frequencies(layer.rope)
@@ -169,10 +176,9 @@ class Compressor:
         # The Hadamard transform only spreads what fp4 rounds; unquantised it cancels between query and key.
         self.spread = rows == "index_keys" and not bind.exact
 
-    def append(self, x: Tensor, step: Step) -> None:
-        """Folds x [n, hidden] into the streams of each span."""
-        values = self.ops.linear(x, self.wkv)
-        gates = self.ops.linear(x, self.wgate) + self.ops.embed(step.places(self.layer.ratio), self.ape)
+    def append(self, values: Tensor, gates: Tensor, step: Step) -> None:
+        """Folds what `inputs` make of the tokens, [n, width] each, into the streams of each span."""
+        gates = gates + self.ops.embed(step.places(self.layer.ratio), self.ape)
         for span in step.spans:
             self._append(values[span.rows], gates[span.rows], span)
 
@@ -204,14 +210,18 @@ class Indexer:
         self.config, self.layer, self.ops = config, layer, bind.ops
         self.wq_b, self.weights_proj = bind(prefix + "wq_b.weight"), bind(prefix + "weights_proj.weight")
         self.compressor = Compressor(config, layer, bind, prefix + "compressor.", "index_keys", "index_state")
+        self.inputs = (*self.compressor.inputs, self.weights_proj)
 
-    def select(self, x: Tensor, q_latent: Tensor, step: Step) -> Sequence[Tensor | None]:
-        """New keys enter the streams; then int32 [tokens, up to index_topk] rows for each span, -1 = none."""
+    def select(self, values: Tensor, gates: Tensor, weights: Tensor, q_latent: Tensor, step: Step) -> list[Tensor]:
+        """New keys, of what `inputs` make of the tokens, enter the streams.
+
+        Then int32 [tokens, up to index_topk] rows for each span, -1 = none.
+        """
         c, ops, compressor = self.config, self.ops, self.compressor
-        compressor.append(x, step)
+        compressor.append(values, gates, step)
         q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
         q = ops.rope_round(q, step.positions, compressor.frequencies, compressor.layout, compressor.spread)
-        weights = ops.linear(x, self.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
+        weights = weights * (c.index_head_dim * c.index_n_heads) ** -0.5
         return [self._select(q[span.rows], weights[span.rows], span.streams, span) for span in step.spans]
 
     def _select(self, q: Tensor, weights: Tensor, streams: Streams, span: Span) -> Tensor:

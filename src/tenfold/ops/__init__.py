@@ -16,7 +16,7 @@ from tenfold import _native
 from tenfold.errors import BackendMissing, UsageError
 from tenfold.formats import RowLayout, WeightFormat
 
-__all__ = ["BACKENDS", "Experts", "Ops", "Rows", "Weight", "select"]
+__all__ = ["BACKENDS", "Experts", "Ops", "Rows", "Stack", "Weight", "select"]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -39,6 +39,13 @@ class Experts:
     w1: tuple[Weight, ...]
     w2: tuple[Weight, ...]
     w3: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Stack:
+    """Matrices that all meet the same activations."""
+
+    weights: tuple[Weight, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +83,9 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """x [n, in] -> [n, out]."""
+
+    def linear_each(self, x: Tensor, stack: Stack) -> tuple[Tensor, ...]:
+        """`linear` of x [n, in] with each weight of the stack."""
 
     def grouped_linear(self, x: Tensor, weight: Weight) -> Tensor:
         """x [n, groups, in], weight [groups * out, in] -> [n, groups * out]; group g uses its own rows."""

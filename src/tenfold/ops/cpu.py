@@ -27,7 +27,7 @@ from tenfold.ops.cpu_attention import (
     sparse_attention,
     unpack_rows,
 )
-from tenfold.ops.cpu_linear import experts, feed_forward, grouped_linear, linear, prepare
+from tenfold.ops.cpu_linear import experts, feed_forward, grouped_linear, linear, linear_each, prepare
 from tenfold.ops.reference import dequantize, embed, layer_norm
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "hc_mix",
     "layer_norm",
     "linear",
+    "linear_each",
     "norm_rope",
     "norm_rope_pack",
     "pack_rows",

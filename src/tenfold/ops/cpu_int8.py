@@ -44,6 +44,7 @@ __all__ = [
     "hc_mix",
     "layer_norm",
     "linear",
+    "linear_each",
     "norm_rope",
     "norm_rope_pack",
     "pack_rows",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 linear = partial(cpu_linear.linear, int8=True)
+linear_each = partial(cpu_linear.linear_each, int8=True)
 grouped_linear = partial(cpu_linear.grouped_linear, int8=True)
 feed_forward = partial(cpu_linear.feed_forward, int8=True)
 experts = partial(cpu_linear.experts, int8=True)

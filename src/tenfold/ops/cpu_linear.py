@@ -1,4 +1,4 @@
-"""Weights times activations on the CPU: `linear`, `grouped_linear`, `feed_forward`, `experts`.
+"""Weights times activations on the CPU: `linear`, `linear_each`, `grouped_linear`, `feed_forward`, `experts`.
 
 Weights are multiplied as they are stored, so a mapped checkpoint needs no memory of its own. Activations stay
 float32, and the only error is that of float32 sums, about 1e-7. With `int8` those that meet MXFP4 weights are rounded
@@ -19,9 +19,9 @@ from torch import Tensor
 from tenfold import _native
 from tenfold._native import Argument, match
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4
-from tenfold.ops import Experts, Weight
+from tenfold.ops import Experts, Stack, Weight
 
-__all__ = ["experts", "feed_forward", "grouped_linear", "linear", "prepare"]
+__all__ = ["experts", "feed_forward", "grouped_linear", "linear", "linear_each", "prepare"]
 
 _SLICE_NUMBERS = 1 << 24
 """Float32 numbers of scratch a call may take, 64 MiB; every slice of rows unpacks the weights again."""
@@ -62,7 +62,18 @@ class _Bank:
     inner: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Stacked:
+    """A stack, checked: int64 [weights, 5] as `Stacked` of native/kernels/kernels.hpp, and the rows of each weight."""
+
+    parts: Tensor
+    out_features: tuple[int, ...]
+    in_features: int
+    num_forms: int
+
+
 _matrices: WeakKeyDictionary[Weight, _Matrix] = WeakKeyDictionary()
+_stacks: WeakKeyDictionary[Stack, dict[bool, _Stacked]] = WeakKeyDictionary()
 _banks: WeakKeyDictionary[Experts, _Bank] = WeakKeyDictionary()
 _blocks: WeakKeyDictionary[Weight, tuple[tuple[_Matrix, ...], _Bank]] = WeakKeyDictionary()
 # Values hold addresses and no weights: a weight that its own entry kept alive would never go.
@@ -77,6 +88,26 @@ def linear(x: Tensor, weight: Weight, *, int8: bool = False, isa: str | None = N
     x = x.contiguous()
     rows = match(_LINEAR, x)["n"]
     return _product(x, weight, rows, 1, x.shape[1], int8, isa)
+
+
+def linear_each(x: Tensor, stack: Stack, *, int8: bool = False, isa: str | None = None) -> tuple[Tensor, ...]:
+    """One call for all, the weights' rows shared out between the threads one matrix after the other."""
+    x = x.contiguous()
+    n, ready = match(_LINEAR, x)["n"], _stacked(stack, int8)
+    columns = x.shape[1]
+    if columns != ready.in_features:
+        raise ValueError(f"x: expected rows of {ready.in_features}, got {tuple(x.shape)}")
+    y = torch.empty(n * sum(ready.out_features))
+    if n and columns:
+        panels, slice_rows = _scratch(n, ready.num_forms * _padded(columns))
+        _native._kernel("linear_each", isa)(
+            x.data_ptr(), ready.parts.data_ptr(), len(ready.out_features), y.data_ptr(), panels.data_ptr(),
+            n, columns, slice_rows, _native.num_threads(),
+        )  # fmt: skip
+    else:
+        y.zero_()
+    parts = y.split([n * size for size in ready.out_features])
+    return tuple(part.view(n, size) for part, size in zip(parts, ready.out_features, strict=True))
 
 
 def grouped_linear(x: Tensor, weight: Weight, *, int8: bool = False, isa: str | None = None) -> Tensor:
@@ -229,6 +260,28 @@ def _dense(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{what}: expected shape {shape}, got {tuple(tensor.shape)}")
     return tensor.data_ptr()
+
+
+def _stacked(stack: Stack, int8: bool) -> _Stacked:
+    """Checked once in a stack's life; weights of one format stand together, so that each form is packed once."""
+    found = _stacks.setdefault(stack, {})
+    if int8 not in found:
+        found[int8] = _checked_stack(stack, int8)
+    return found[int8]
+
+
+def _checked_stack(stack: Stack, int8: bool) -> _Stacked:
+    matrices = [_matrix(weight) for weight in stack.weights]
+    widths = {matrix.in_features for matrix in matrices}
+    if len(widths) != 1:
+        raise ValueError(f"stack: expected weights of one width, got {sorted(widths)}")
+    parts, form = [], 0
+    formats = [_kernel_format(matrix.format, int8) for matrix in matrices]
+    for place, matrix in enumerate(matrices):
+        form += place > 0 and formats[place] != formats[place - 1]
+        parts.append([matrix.codes, matrix.scale, matrix.out_features, formats[place], form])
+    sizes = tuple(matrix.out_features for matrix in matrices)
+    return _Stacked(torch.tensor(parts, dtype=torch.int64), sizes, widths.pop(), form + 1)
 
 
 def _bank(bank: Experts) -> _Bank:

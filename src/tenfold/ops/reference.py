@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tenfold.formats import BF16, E2M1_VALUES, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, RowLayout
-from tenfold.ops import Experts, Rows, Weight
+from tenfold.ops import Experts, Rows, Stack, Weight
 
 _ROW_ALIGN = 8
 _KEY_ALIGN = 16  # a score must not depend on how many keys are scored with it
@@ -116,6 +116,10 @@ def embed(ids: Tensor, weight: Weight) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     return _matmul(x, dequantize(weight))
+
+
+def linear_each(x: Tensor, stack: Stack) -> tuple[Tensor, ...]:
+    return tuple(linear(x, weight) for weight in stack.weights)
 
 
 def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
