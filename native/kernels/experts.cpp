@@ -31,6 +31,7 @@ struct Bank {
 struct Pairs {
     const int32_t *token, *place;
     const int32_t* stop;
+    int64_t count;
 };
 
 Pairs sort_pairs(const int64_t* ids, int64_t n, int64_t topk, int64_t experts, int32_t* memory) {
@@ -43,7 +44,7 @@ Pairs sort_pairs(const int64_t* ids, int64_t n, int64_t topk, int64_t experts, i
         token[to] = static_cast<int32_t>(i / topk);
         place[to] = static_cast<int32_t>(i);
     }
-    return {token, place, next};
+    return {token, place, next, n * topk};
 }
 
 // Calls run(expert, first, last) for each expert's pairs within [begin, end).
@@ -113,88 +114,132 @@ void gate_row(float* gate, const float* up, int64_t width, float limit, float we
 
 // The memory of a slice of pairs.
 struct Scratch {
-    float *x, *gate, *up, *inner;
+    float *x = nullptr, *gate = nullptr, *up = nullptr, *inner = nullptr, *end = nullptr;
+    Scratch() = default;
+    Scratch(float* memory, int64_t slice, const Bank& bank)
+        : x(memory), gate(x + slice * padded(bank.hidden)), up(gate + slice * bank.inner),
+          inner(up + slice * bank.inner), end(inner + slice * padded(bank.inner)) {}
 };
 
 struct Layer {
     const float* x;
-    const float* weights;
+    const float* weights;  // null: 1 each
     float* out;
     Bank bank;
     Pairs pairs;
     Scratch scratch;
     float limit;
-    int32_t threads;
+    int64_t begin, end;  // the slice of pairs at work
+
+    int64_t rows() const { return end - begin; }
 };
 
-void pack_tokens(const Layer& l, int64_t begin, int64_t end) {
-    const int64_t hidden = l.bank.hidden, rows = end - begin;
-    split_rows(rows, rows * hidden, l.threads, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-            pack_row(l.bank.gate_format, l.x + l.pairs.token[begin + i] * hidden, hidden, l.scratch.x, rows, i);
-        }
-    });
-}
+// What follows is done for the routed experts and the shared one side by side, so that threads wait but once.
+struct Layers {
+    const Layer* of;
+    int64_t count;
+    int32_t threads;
 
-void multiply_gates(const Layer& l, int64_t begin, int64_t end) {
-    const int64_t inner = l.bank.inner, rows = end - begin;
-    split_rows(quads(inner), rows * inner * l.bank.hidden, l.threads, [&](int64_t first, int64_t last) {
-        for_experts(l.pairs, l.bank.experts, begin, end, [&](int64_t expert, int64_t from, int64_t to) {
-            for (const int which : kGateAndUp) {
-                float* y = (which == kGate ? l.scratch.gate : l.scratch.up) + (from - begin) * inner;
-                const Product product{l.bank.matrix(expert, which), l.scratch.x, rows, from - begin, to - from,
-                                      y, inner, nullptr, 0, false};
-                multiply(product, first * kQuad, smaller(last * kQuad, inner));
-            }
+    template <class Run>
+    void split(int64_t elements_of_row, const Run& run) const {
+        int64_t rows = 0;
+        for (int64_t i = 0; i < count; ++i) rows += of[i].rows();
+        split_work(rows * elements_of_row, threads, [this, &run](const Share& share) {
+            for (int64_t i = 0; i < count; ++i) run(of[i], share);
         });
+    }
+};
+
+void pack_tokens(const Layer& l, const Share& share) {
+    for (int64_t i = first_of(share, l.rows()); i < last_of(share, l.rows()); ++i) {
+        const float* const x = l.x + l.pairs.token[l.begin + i] * l.bank.hidden;
+        pack_row(l.bank.gate_format, x, l.bank.hidden, l.scratch.x, l.rows(), i);
+    }
+}
+
+void multiply_gates(const Layer& l, const Share& share) {
+    const int64_t inner = l.bank.inner, units = quads(inner);
+    const int64_t first = first_of(share, units) * kQuad, last = smaller(last_of(share, units) * kQuad, inner);
+    for_experts(l.pairs, l.bank.experts, l.begin, l.end, [&](int64_t expert, int64_t from, int64_t to) {
+        for (const int which : kGateAndUp) {
+            float* y = (which == kGate ? l.scratch.gate : l.scratch.up) + (from - l.begin) * inner;
+            const Product product{l.bank.matrix(expert, which), l.scratch.x, l.rows(), from - l.begin, to - from,
+                                  y, inner, nullptr, 0, false};
+            multiply(product, first, last);
+        }
     });
 }
 
-void pack_gated(const Layer& l, int64_t begin, int64_t end) {
-    const int64_t inner = l.bank.inner, rows = end - begin;
-    split_rows(rows, rows * inner, l.threads, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-            float* gate = l.scratch.gate + i * inner;
-            gate_row(gate, l.scratch.up + i * inner, inner, l.limit, l.weights[l.pairs.place[begin + i]]);
-            pack_row(l.bank.down_format, gate, inner, l.scratch.inner, rows, i);
-        }
-    });
+void pack_gated(const Layer& l, const Share& share) {
+    const int64_t inner = l.bank.inner;
+    for (int64_t i = first_of(share, l.rows()); i < last_of(share, l.rows()); ++i) {
+        float* gate = l.scratch.gate + i * inner;
+        const float weight = l.weights == nullptr ? 1.0F : l.weights[l.pairs.place[l.begin + i]];
+        gate_row(gate, l.scratch.up + i * inner, inner, l.limit, weight);
+        pack_row(l.bank.down_format, gate, inner, l.scratch.inner, l.rows(), i);
+    }
 }
 
 // Each thread adds all experts to its own columns of the output, so a token's sum has one order.
-void multiply_down(const Layer& l, int64_t begin, int64_t end) {
-    const int64_t hidden = l.bank.hidden, rows = end - begin;
-    split_rows(quads(hidden), rows * hidden * l.bank.inner, l.threads, [&](int64_t first, int64_t last) {
-        for_experts(l.pairs, l.bank.experts, begin, end, [&](int64_t expert, int64_t from, int64_t to) {
-            const Product product{l.bank.matrix(expert, kDown), l.scratch.inner, rows, from - begin, to - from,
-                                  l.out, hidden, l.pairs.token + from, 0, true};
-            multiply(product, first * kQuad, smaller(last * kQuad, hidden));
-        });
+void multiply_down(const Layer& l, const Share& share) {
+    const int64_t hidden = l.bank.hidden, units = quads(hidden);
+    const int64_t first = first_of(share, units) * kQuad, last = smaller(last_of(share, units) * kQuad, hidden);
+    for_experts(l.pairs, l.bank.experts, l.begin, l.end, [&](int64_t expert, int64_t from, int64_t to) {
+        const Product product{l.bank.matrix(expert, kDown), l.scratch.inner, l.rows(), from - l.begin, to - from,
+                              l.out, hidden, l.pairs.token + from, 0, true};
+        multiply(product, first, last);
     });
+}
+
+// One layer or two, slice after slice; what is left of the longer one goes on alone.
+void run_slices(Layer* layers, int64_t count, const int64_t* slices, int32_t threads) {
+    const Layers both{layers, count, threads};
+    const int64_t hidden = layers->bank.hidden, inner = layers->bank.inner;
+    for (bool more = true; more;) {
+        more = false;
+        for (int64_t i = 0; i < count; ++i) {
+            layers[i].begin = layers[i].end;
+            layers[i].end = smaller(layers[i].begin + slices[i], layers[i].pairs.count);
+            more = more || layers[i].rows() > 0;
+        }
+        both.split(hidden, pack_tokens);
+        both.split(inner * hidden, multiply_gates);
+        both.split(inner, pack_gated);
+        both.split(inner * hidden, multiply_down);
+    }
+}
+
+Pairs pairs_of_one(int64_t n, int32_t* memory) {
+    for (int64_t i = 0; i < n; ++i) memory[i] = static_cast<int32_t>(i);
+    memory[n] = static_cast<int32_t>(n);
+    return {memory, memory, memory + n, n};
 }
 
 }  // namespace
 
-void experts(const float* x, const int64_t* ids, const float* weights, const void* const* addresses, float* out,
-             int32_t* pairs_memory, float* memory, int64_t n, int64_t topk, int64_t num_experts, int64_t hidden,
-             int64_t inner, int64_t slice, int32_t gate_format, int32_t down_format, float limit, int32_t threads) {
+void experts(const float* x, const int64_t* ids, const float* weights, const void* const* addresses,
+             const SharedExpert* shared, float* out, int32_t* pairs_memory, float* memory, int64_t n, int64_t topk,
+             int64_t num_experts, int64_t hidden, int64_t inner, int64_t slice, int32_t gate_format,
+             int32_t down_format, float limit, int32_t threads) {
     const Bank bank{addresses, static_cast<Format>(gate_format), static_cast<Format>(down_format),
                     num_experts, hidden, inner};
-    Scratch scratch{};
-    scratch.x = memory;
-    scratch.gate = scratch.x + slice * padded(hidden);
-    scratch.up = scratch.gate + slice * inner;
-    scratch.inner = scratch.up + slice * inner;
     const Pairs pairs = sort_pairs(ids, n, topk, num_experts, pairs_memory);
-    const Layer layer{x, weights, out, bank, pairs, scratch, limit, threads};
-    std::memset(out, 0, static_cast<size_t>(n * hidden) * sizeof(float));
-    for (int64_t begin = 0; begin < n * topk; begin += slice) {
-        const int64_t end = smaller(begin + slice, n * topk);
-        pack_tokens(layer, begin, end);
-        multiply_gates(layer, begin, end);
-        pack_gated(layer, begin, end);
-        multiply_down(layer, begin, end);
-    }
+    const Scratch scratch(memory, slice, bank);
+    const uint64_t out_bytes = static_cast<uint64_t>(n * hidden) * sizeof(float);
+    std::memset(out, 0, out_bytes);
+    Layer layers[2] = {{x, weights, out, bank, pairs, scratch, limit, 0, 0}};
+    int64_t slices[2] = {slice, (slice + topk - 1) / topk};
+    if (shared == nullptr) return run_slices(layers, 1, slices, threads);
+
+    const Bank one{shared->addresses, static_cast<Format>(shared->gate_format),
+                   static_cast<Format>(shared->down_format), 1, hidden, shared->inner};
+    std::memset(shared->out, 0, out_bytes);
+    layers[1] = {x, nullptr, shared->out, one, pairs_of_one(n, pairs_memory + 2 * n * topk + num_experts + 1),
+                 Scratch(scratch.end, slices[1], one), limit, 0, 0};
+    run_slices(layers, 2, slices, threads);
+    split_rows(n * hidden, n * hidden, threads, [=](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) out[i] += shared->out[i];
+    });
 }
 
 }  // namespace tenfold::TENFOLD_ISA

@@ -144,12 +144,16 @@ class CountingOps:
             self._add("embed", "bf16", 0, I64.bytes_of(kw["chosen"].shape))
         return self._ops.route(x, gate, **kw)
 
-    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, **kw: Any) -> Tensor:
+    def experts(
+        self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, shared: Experts | None = None, **kw: Any
+    ) -> Tensor:
         used = ids.unique().tolist()
         for names in (bank.w1, bank.w2, bank.w3):
             rows, columns = names[0].shape
             self._read(*(names[expert] for expert in used), multiply_adds=ids.numel() * rows * columns)
-        return self._ops.experts(x, ids, weights, bank, **kw)
+        for weight in () if shared is None else (*shared.w1, *shared.w2, *shared.w3):
+            self._read(weight, multiply_adds=x.shape[0] * weight.shape[0] * weight.shape[1])
+        return self._ops.experts(x, ids, weights, bank, shared=shared, **kw)
 
     def feed_forward(self, x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
         for weight in (w1, w2, w3):

@@ -131,6 +131,8 @@ def expert_cases(ops: Ops, T: int) -> Cases:
         for first in (True, False):
             words = {"bank": bank, "limit": 10.0, "weigh_first": first}
             yield f"experts-{count}-{first}", each(ops.experts, x, *route(slice(0, T)), **words)
+        words["shared"] = Experts(*((f32(randn(*shape, seed=99)),) for shape in shapes))
+        yield f"experts-{count}-shared", each(ops.experts, x, *route(slice(0, T)), **words)
 
 
 def attention_cases(ops: Ops, T: int) -> Cases:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold import _native
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, WeightFormat
-from tenfold.ops import Experts, Weight, cpu_linear, reference
+from tenfold.ops import Experts, Stack, Weight, cpu_linear, reference
 
 FORMATS = (F32, BF16, FP8_BLOCK, FP8_BLOCK_F32, MXFP4)
 ROWS = (0, 1, 2, 3, 4, 5, 12, 13, 31, 33, 127, 129, 1000)
@@ -257,6 +257,28 @@ def test_grouped_linear_agrees_with_float64(form: WeightFormat, isa: str, groups
 
 
 @isa_cases
+@pytest.mark.usefixtures("two_threads")
+def test_matrices_of_a_stack_give_the_bits_of_each(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((FP8_BLOCK, 70), (FP8_BLOCK, 1), (BF16, 33), (F32, 6), (BF16, 300), (MXFP4, 9))
+    stack = Stack(tuple(weight(form, out, 160, seed=place) for place, (form, out) in enumerate(shapes)))
+    for n, int8 in ((0, False), (1, False), (1, True), (29, True)):
+        x = rows(n, 160)
+        apart = [cpu_linear.linear(x, each, int8=int8, isa=isa) for each in stack.weights]
+        for slice_numbers in (1 << 24, 8 * 800):
+            monkeypatch.setattr(cpu_linear, "_SLICE_NUMBERS", slice_numbers)
+            found = cpu_linear.linear_each(x, stack, int8=int8, isa=isa)
+            assert all(torch.equal(one, other) for one, other in zip(found, apart, strict=True))
+
+
+def test_stacks_that_do_not_fit_are_refused() -> None:
+    wide, narrow = weight(F32, 4, 64), weight(F32, 4, 32)
+    with pytest.raises(ValueError, match=r"one width, got \[32, 64\]"):
+        cpu_linear.linear_each(rows(1, 64), Stack((wide, narrow)))
+    with pytest.raises(ValueError, match="rows of 64"):
+        cpu_linear.linear_each(rows(1, 32), Stack((wide,)))
+
+
+@isa_cases
 def test_strided_arguments_are_what_they_say(isa: str) -> None:
     w, x = weight(MXFP4, 12, 64), rows(5, 128)[:, 32:96]
     dense = x.contiguous()
@@ -334,6 +356,34 @@ def test_tokens_do_not_influence_each_other_in_experts(isa: str, monkeypatch: py
     assert torch.equal(torch.cat([run(slice(0, 11)), run(slice(11, 30))]), together)
     monkeypatch.setattr(cpu_linear, "_SLICE_NUMBERS", 13 * (64 + 3 * 544))  # some expert's tokens are split
     assert torch.equal(run(slice(None)), together)
+
+
+@isa_cases
+@pytest.mark.usefixtures("two_threads")
+def test_a_shared_expert_beside_the_others_is_what_it_is_alone(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, shared = bank_of(MXFP4, MXFP4, 5, 128, 544), bank_of(FP8_BLOCK, FP8_BLOCK, 1, 128, 600)
+
+    def beside(x: Tensor, ids: Tensor, weights: Tensor, int8: bool) -> Tensor:
+        return cpu_linear.experts(
+            x, ids, weights, bank, limit=10.0, weigh_first=True, shared=shared, int8=int8, isa=isa
+        )
+
+    for n, topk, int8 in ((0, 3, False), (1, 3, False), (1, 3, True), (30, 3, False), (9, 0, False)):
+        x, (ids, weights) = rows(n, 128), routed(n, topk, 5)
+        apart = cpu_linear.experts(x, ids, weights, bank, limit=10.0, weigh_first=True, int8=int8, isa=isa)
+        apart = apart + cpu_linear.feed_forward(x, shared.w1[0], shared.w2[0], shared.w3[0], 10.0, int8=int8, isa=isa)
+        assert torch.equal(beside(x, ids, weights, int8), apart)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_linear, "_SLICE_NUMBERS", 13 * (128 + 3 * 544 + 1000))
+            assert torch.equal(beside(x, ids, weights, int8), apart)
+
+
+@isa_cases
+def test_a_shared_expert_that_does_not_fit_is_refused(isa: str) -> None:
+    bank, x, (ids, weights) = bank_of(F32, F32, 5, 64, 32), rows(2, 64), routed(2, 3, 5)
+    for wrong in (bank_of(F32, F32, 2, 64, 32), bank_of(F32, F32, 1, 32, 32)):
+        with pytest.raises(ValueError, match="shared"):
+            cpu_linear.experts(x, ids, weights, bank, limit=None, weigh_first=True, shared=wrong, isa=isa)
 
 
 @isa_cases

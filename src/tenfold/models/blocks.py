@@ -35,6 +35,11 @@ class Binder:
         gate, down, up = (tuple(self(f"{prefix}{expert}.{name}.weight") for expert in range(count)) for name in names)
         return Experts(gate, down, up)
 
+    def shared_expert(self, prefix: str, names: tuple[str, str, str]) -> Experts:
+        """The one expert that every token goes through, as a bank of its own."""
+        gate, down, up = ((self(f"{prefix}{name}.weight"),) for name in names)
+        return Experts(gate, down, up)
+
     def layout(self, deployed: RowLayout) -> RowLayout:
         """The layout rows are stored in under the numerics chosen."""
         return exact_layout(deployed) if self.exact else deployed

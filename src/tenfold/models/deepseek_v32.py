@@ -172,7 +172,7 @@ class MoE:
         self.e_score_correction_bias = bind(prefix + "gate.e_score_correction_bias")
         names = ("gate_proj", "down_proj", "up_proj")
         self.experts = bind.experts(prefix + "experts.", config.n_routed_experts, names)
-        self.shared_experts = DenseFFN(config, bind, prefix + "shared_experts.")
+        self.shared_experts = bind.shared_expert(prefix + "shared_experts.", names)
 
     def forward(self, x: Tensor) -> Tensor:
         c, ops = self.config, self.ops
@@ -186,5 +186,4 @@ class MoE:
             groups=c.n_group,
             topk_group=c.topk_group,
         )
-        routed = ops.experts(x, ids, weights, self.experts, limit=None, weigh_first=False)
-        return routed + self.shared_experts.forward(x)
+        return ops.experts(x, ids, weights, self.experts, limit=None, weigh_first=False, shared=self.shared_experts)

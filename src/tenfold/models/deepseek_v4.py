@@ -132,10 +132,12 @@ class Attention:
             spread=False,
         )
         if self.compressor is not None:
-            self.compressor.append(*compressed[:2], step)
+            values, gates, *compressed = compressed
+            self.compressor.append(values, gates, step)
         chosen: Sequence[Tensor | None] = [None] * len(step.spans)
         if self.indexer is not None:
-            chosen = self.indexer.select(*compressed[2:], q_latent, step)
+            values, gates, weights = compressed
+            chosen = self.indexer.select(values, gates, weights, q_latent, step)
         outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i]) for i, s in enumerate(step.spans)]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
@@ -239,8 +241,7 @@ class MoE:
         self.tid2eid = bind(prefix + "gate.tid2eid") if layer.router == "hash" else None
         self.bias = None if layer.router == "hash" else bind(prefix + "gate.bias")
         self.experts = bind.experts(prefix + "experts.", config.n_routed_experts, ("w1", "w2", "w3"))
-        shared = prefix + "shared_experts."
-        self.w1, self.w2, self.w3 = (bind(f"{shared}{name}.weight") for name in ("w1", "w2", "w3"))
+        self.shared_experts = bind.shared_expert(prefix + "shared_experts.", ("w1", "w2", "w3"))
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         c, ops = self.config, self.ops
@@ -253,5 +254,6 @@ class MoE:
             bias=self.bias,
             chosen=None if self.tid2eid is None else self.tid2eid.data[step.ids].long(),
         )
-        routed = ops.experts(x, ids, weights, self.experts, limit=c.swiglu_limit, weigh_first=True)
-        return routed + ops.feed_forward(x, self.w1, self.w2, self.w3, c.swiglu_limit)
+        return ops.experts(
+            x, ids, weights, self.experts, limit=c.swiglu_limit, weigh_first=True, shared=self.shared_experts
+        )

@@ -215,11 +215,15 @@ class Ops(Protocol):
         *,
         limit: float | None,
         weigh_first: bool,
+        shared: Experts | None = None,
     ) -> Tensor:
-        """Sum over the chosen experts -> [n, d]; `limit` clamps as in spec 2.7, `weigh_first` weighs before w2."""
+        """Sum over the chosen experts -> [n, d]; `limit` clamps as in spec 2.7, `weigh_first` weighs before w2.
+
+        With `shared`, a bank of one, the same as adding its `feed_forward`.
+        """
 
     def feed_forward(self, x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
-        """w2(silu(w1 x) * w3 x) -> [n, d]; the shared expert and the dense layers."""
+        """w2(silu(w1 x) * w3 x) -> [n, d]; the dense layers."""
 
 
 def select(name: str, *, exact: bool) -> tuple[str, Ops]:

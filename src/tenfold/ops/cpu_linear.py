@@ -8,6 +8,7 @@ operation, nor who chooses.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ class _Bank:
     down_format: int
     hidden: int
     inner: int
+
+    @property
+    def numbers_each(self) -> int:
+        """Numbers of scratch for each token and expert."""
+        return _padded(self.hidden) + 2 * self.inner + _padded(self.inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +149,15 @@ def feed_forward(
     isa: str | None = None,
 ) -> Tensor:
     x = x.contiguous()
-    n = match(_LINEAR, x)["n"]
+    match(_LINEAR, x)
+    return _alone(x, _block(w1, w2, w3), limit, int8, isa)
+
+
+def _alone(x: Tensor, bank: _Bank, limit: float | None, int8: bool, isa: str | None) -> Tensor:
+    """Every token through the one expert of a bank."""
+    n = x.shape[0]
     ids, weights = torch.zeros(n, 1, dtype=torch.int64), torch.ones(n, 1)
-    return _experts(x, ids, weights, _block(w1, w2, w3), limit, int8, isa)
+    return _experts(x, ids, weights, bank, None, limit, int8, isa)
 
 
 def experts(
@@ -156,30 +168,57 @@ def experts(
     *,
     limit: float | None,
     weigh_first: bool,
+    shared: Experts | None = None,
     int8: bool = False,
     isa: str | None = None,
 ) -> Tensor:
     """One call per layer, tokens grouped by expert. `weigh_first` changes nothing but rounding: it is always so."""
-    ready = _bank(bank)
+    ready, beside = _bank(bank), None if shared is None else _bank(shared)
+    if beside is not None and beside.addresses.shape[0] != 1:
+        raise ValueError(f"shared: expected a bank of one expert, got {beside.addresses.shape[0]}")
     _check_ids(ids, ready.addresses.shape[0])
-    return _experts(x.contiguous(), ids.contiguous(), weights.contiguous(), ready, limit, int8, isa)
+    return _experts(x.contiguous(), ids.contiguous(), weights.contiguous(), ready, beside, limit, int8, isa)
+
+
+class _SharedExpert(ctypes.Structure):
+    """`SharedExpert` of native/kernels/kernels.hpp."""
+
+    _fields_ = [
+        ("addresses", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("inner", "gate_format", "down_format")],
+    ]
 
 
 def _experts(
-    x: Tensor, ids: Tensor, weights: Tensor, bank: _Bank, limit: float | None, int8: bool, isa: str | None
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    bank: _Bank,
+    shared: _Bank | None,
+    limit: float | None,
+    int8: bool,
+    isa: str | None,
 ) -> Tensor:
     sizes = match(_EXPERTS, x, ids, weights)
     n, topk, num_experts = sizes["n"], sizes["topk"], bank.addresses.shape[0]
-    if sizes["hidden"] != bank.hidden:
-        raise ValueError(f"x: expected rows of {bank.hidden}, got {tuple(x.shape)}")
+    if sizes["hidden"] != bank.hidden or (shared is not None and shared.hidden != bank.hidden):
+        raise ValueError(f"x: expected rows of {bank.hidden}, also for the shared expert, got {tuple(x.shape)}")
     out = torch.empty_like(x)
     if n * topk == 0 or bank.inner == 0 or bank.hidden == 0:
-        return out.zero_()
-    pairs = torch.empty(2 * n * topk + num_experts + 1, dtype=torch.int32)
-    memory, slice_pairs = _scratch(n * topk, _padded(bank.hidden) + 2 * bank.inner + _padded(bank.inner))
+        return out.zero_() if shared is None else _alone(x, shared, limit, int8, isa)
+    beside, each, more = None, bank.numbers_each, 0
+    if shared is not None:
+        more, summand = shared.numbers_each, torch.empty_like(x)
+        each -= -more // topk  # rounded up
+        formats = _kernel_format(shared.gate_format, int8), _kernel_format(shared.down_format, int8)
+        beside = _SharedExpert(shared.addresses.data_ptr(), summand.data_ptr(), shared.inner, *formats)
+    pairs = torch.empty(2 * n * topk + num_experts + n + 2, dtype=torch.int32)
+    memory, slice_pairs = _scratch(n * topk, each, more)
     _native._kernel("experts", isa)(
-        x.data_ptr(), ids.data_ptr(), weights.data_ptr(), bank.addresses.data_ptr(), out.data_ptr(),
-        pairs.data_ptr(), memory.data_ptr(), n, topk, num_experts, bank.hidden, bank.inner, slice_pairs,
+        x.data_ptr(), ids.data_ptr(), weights.data_ptr(), bank.addresses.data_ptr(),
+        None if beside is None else ctypes.addressof(beside), out.data_ptr(), pairs.data_ptr(), memory.data_ptr(),
+        n, topk, num_experts, bank.hidden, bank.inner, slice_pairs,
         _kernel_format(bank.gate_format, int8), _kernel_format(bank.down_format, int8),
         math.inf if limit is None else limit, _native.num_threads(),
     )  # fmt: skip
@@ -205,12 +244,13 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
-def _scratch(rows: int, numbers_each: int) -> tuple[Tensor, int]:
+def _scratch(rows: int, numbers_each: int, more: int = 0) -> tuple[Tensor, int]:
     """Memory for as many rows as a slice has, good until this thread's next call, and how many these are."""
     slice_rows = min(rows, max(1, _SLICE_NUMBERS // numbers_each))
-    if _memory.numbers.shape[0] < slice_rows * numbers_each:
+    numbers = slice_rows * numbers_each + more
+    if _memory.numbers.shape[0] < numbers:
         _memory.numbers = torch.empty(0)  # before the new one is there
-        _memory.numbers = torch.empty(slice_rows * numbers_each)
+        _memory.numbers = torch.empty(numbers)
     return _memory.numbers, slice_rows
 
 

@@ -507,7 +507,14 @@ def _within_groups(choice: Tensor, groups: int, topk_group: int) -> Tensor:
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, *, limit: float | None, weigh_first: bool
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    bank: Experts,
+    *,
+    limit: float | None,
+    weigh_first: bool,
+    shared: Experts | None = None,
 ) -> Tensor:
     total = torch.zeros_like(x)
     for expert in ids.unique().tolist():
@@ -516,6 +523,8 @@ def experts(
         inner = _gated(x[token], bank.w1[expert], bank.w3[expert], limit)
         y = linear(inner * weight if weigh_first else inner, bank.w2[expert])
         total.index_add_(0, token, y if weigh_first else y * weight)
+    if shared is not None:
+        total = total + feed_forward(x, shared.w1[0], shared.w2[0], shared.w3[0], limit)
     return total
 
 
