@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     "planner",
     "planner_views",
     "planner_cli",
+    "scheduler",
     "charts",
     "report",
     "cli",
