@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold import Engine, SamplingParams, ops
+from tenfold import Engine, SamplingParams, ops, step
 from tenfold import config as configuration
 from tenfold.engine import Session, parse_bytes
 from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, StoreError, UsageError
@@ -485,6 +486,38 @@ def test_a_progress_report_that_fails_leaves_what_was_read(v4: Engine) -> None:
         session.feed(ids, progress=stop)
     assert session.tokens == tuple(ids[:32])
     assert torch.equal(session.feed(ids[32:], logits="all"), in_one_pass(v4, ids)[32:])
+
+
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+@pytest.mark.parametrize("flops", [1, 30_000])
+def test_attention_in_parts_is_attention_at_once(
+    load: Load, monkeypatch: pytest.MonkeyPatch, name: str, numerics: str, flops: int
+) -> None:
+    """As in long contexts, where many queries at once would take too long: also the choice of rows, from the first."""
+    engine, ids = load(name, numerics), text(150)
+    whole = in_one_pass(engine, ids)
+    calls = []
+    for seen in (step._PART_FLOPS, flops):
+        monkeypatch.setattr(step, "_PART_FLOPS", seen)
+        shares: list[float] = []
+        assert torch.equal(engine._run({engine.session(150): ids}, every=True, tick=shares.append), whole)
+        assert shares == sorted(shares)
+        calls.append(len(shares))
+    assert calls[1] > 2 * calls[0]
+
+
+def test_a_pass_can_be_stopped_within_a_layer(v4: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_PART_FLOPS", 1)
+    ids = text(60)
+    whole = in_one_pass(v4, ids)
+    for most in range(0, 300, 13):
+        session = v4.session(60)
+        session.feed(ids[:20])
+        ticks = iter(range(most))
+        with suppress(StopIteration):
+            v4._run({session: ids[20:50]}, every=False, tick=lambda share, ticks=ticks: next(ticks))  # type: ignore[misc]
+        assert session.length in (20, 50)
+        assert torch.equal(session.feed(ids[session.length :]), whole[-1])
 
 
 # ---------------------------------------------------------------------------------------------- generating

@@ -29,7 +29,7 @@ from tenfold.machine import Machine, anonymous_bytes, this_machine
 from tenfold.models import Binder, Model, build
 from tenfold.planner import Work
 from tenfold.sampler import Sampled, Sampler, SamplingParams
-from tenfold.step import Span, Step
+from tenfold.step import Pace, Span, Step
 from tenfold.store import Match, Store
 from tenfold.streams import RestorePoint, Streams
 from tenfold.weights import Weights, open_weights
@@ -187,7 +187,7 @@ class Engine:
             spans=tuple(spans),
             wanted=torch.arange(start) if every else last,
             tile_tokens=min(session.need.tile_tokens for session in batch),
-            tick=tick,
+            pace=None if tick is None else Pace(tick),
         )
         for session in batch:
             session.in_flight = True

@@ -10,7 +10,26 @@ from torch import Tensor
 
 from tenfold.streams import Streams
 
-__all__ = ["Span", "Step"]
+__all__ = ["Pace", "Span", "Step"]
+
+_PART_FLOPS = 80e9
+"""Of attention and selection in one go: a third of a second on two cores, however deep the context."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How far a pass is. `tick` is told the share that is done, more than once a second; what it raises ends it."""
+
+    tick: Callable[[float], None]
+    share: float = 0.0
+
+    def reached(self, share: float) -> None:
+        self.share = share
+        self.tick(share)
+
+    def breathe(self) -> None:
+        """In the middle of something: no further than before."""
+        self.tick(self.share)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,8 +86,8 @@ class Span:
 class Step:
     """All tokens of a pass in one row: ids and positions int64 [n], the spans, and the rows whose logits are wanted.
 
-    A layer takes `tile_tokens` of them at a time, so that what it computes on the way fits the memory planned. `tick`
-    is called as often with the share of the pass that is done; what it raises ends the pass.
+    A layer takes `tile_tokens` of them at a time, so that what it computes on the way fits the memory planned. `pace`
+    hears of it after each, and within a layer wherever a second might pass.
     """
 
     ids: Tensor
@@ -76,7 +95,7 @@ class Step:
     spans: tuple[Span, ...]
     wanted: Tensor
     tile_tokens: int
-    tick: Callable[[float], None] | None = None
+    pace: Pace | None = None
     _places: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def places(self, ratio: int) -> Tensor:
@@ -84,6 +103,22 @@ class Step:
         if ratio not in self._places:
             self._places[ratio] = self.positions % ratio
         return self._places[ratio]
+
+    def breathe(self) -> None:
+        if self.pace is not None:
+            self.pace.breathe()
+
+    def in_parts(self, num_tokens: int, flops_each: int, run: Callable[[slice], Tensor]) -> Tensor:
+        """What `run` makes of tokens 0 to `num_tokens` - 1, in parts none of which takes longer than a pass may go
+        without a tick."""
+        most = max(1, int(_PART_FLOPS // max(1, flops_each)))
+        if num_tokens <= most:
+            return run(slice(0, num_tokens))
+        found = []
+        for start in range(0, num_tokens, most):
+            self.breathe()
+            found.append(run(slice(start, min(start + most, num_tokens))))
+        return torch.cat(found)
 
     def tiles(self) -> list[tuple[slice, Step]]:
         """The rows of each tile and the step that computes them; one after the other they are this step."""
@@ -96,4 +131,4 @@ class Step:
     def _tile(self, start: int, stop: int) -> Step:
         spans = tuple(span.within(start, stop) for span in self.spans if span.start < stop and start < span.stop)
         nothing = torch.empty(0, dtype=torch.int64)
-        return Step(self.ids[start:stop], self.positions[start:stop], spans, nothing, self.tile_tokens)
+        return Step(self.ids[start:stop], self.positions[start:stop], spans, nothing, self.tile_tokens, self.pace)

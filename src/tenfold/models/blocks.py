@@ -1,4 +1,4 @@
-"""Parts both architectures share: binding weights, rotary tables, index queries. Knows nothing of any one of them."""
+"""What both architectures share: binding weights, rotary tables, attention in parts. Knows nothing of either."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tenfold.config import RopeSpec
 from tenfold.formats import RowLayout, exact_layout
-from tenfold.ops import Experts, Ops, Weight
-from tenfold.step import Step
+from tenfold.ops import Experts, Ops, Rows, Weight
+from tenfold.step import Span, Step
+from tenfold.streams import GrowingRows
 
-__all__ = ["Binder", "Layer", "rope_frequencies", "through_layers"]
+__all__ = ["Binder", "Layer", "attend", "rope_frequencies", "select", "through_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,46 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
                 h = layer.forward(h, tile)
             else:
                 h[rows] = layer.forward(h[rows], tile)
-            if step.tick is not None:
-                step.tick((index + (place + 1) / len(tiles)) / len(layers))
+            if step.pace is not None:
+                step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
     return h
+
+
+def attend(
+    ops: Ops,
+    step: Step,
+    span: Span,
+    q: Tensor,
+    sources: Sequence[Rows],
+    sink: Weight | None,
+    scale: float,
+    value_dim: int,
+    frequencies: Tensor | None = None,
+) -> Tensor:
+    """`sparse_attention` of a span's queries, in parts where the context is long; what each gets is the same."""
+    n, heads, width = q.shape
+    seen = sum(source.columns for source in sources)
+
+    def run(part: slice) -> Tensor:
+        if part.stop - part.start == n:
+            return ops.sparse_attention(q, sources, sink, scale, value_dim, span.position, frequencies)
+        some = [source.part(part) for source in sources]
+        return ops.sparse_attention(q[part], some, sink, scale, value_dim, span.position + part.start, frequencies)
+
+    return step.in_parts(n, 2 * seen * heads * (width + value_dim), run)
+
+
+def select(ops: Ops, step: Step, q: Tensor, weights: Tensor, keys: GrowingRows, visible: Tensor, topk: int) -> Tensor:
+    """`select_rows` of a span's queries, in parts where there are many keys; the last query sees all."""
+    n, heads, dim = q.shape
+
+    def run(part: slice) -> Tensor:
+        if part.stop - part.start == n:
+            return ops.select_rows(q, weights, keys.packed, keys.layout, visible, topk)
+        rows = ops.select_rows(q[part], weights[part], keys.packed, keys.layout, visible[part], topk)
+        return pad(rows, (0, min(topk, keys.count) - rows.shape[1]), value=-1)
+
+    return step.in_parts(n, 2 * keys.count * heads * dim, run)
 
 
 def rope_frequencies(spec: RopeSpec) -> Tensor:

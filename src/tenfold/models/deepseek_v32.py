@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import F32
-from tenfold.models.blocks import Binder, rope_frequencies, through_layers
+from tenfold.models.blocks import Binder, attend, rope_frequencies, select, through_layers
 from tenfold.ops import Rows, Weight
 from tenfold.step import Span, Step
 
@@ -51,6 +51,7 @@ class Block:
 
     def forward(self, h: Tensor, step: Step) -> Tensor:
         h = h + self.self_attn.forward(self.ops.rms_norm(h, self.input_layernorm, self.eps), step)
+        step.breathe()
         return h + self.mlp.forward(self.ops.rms_norm(h, self.post_attention_layernorm, self.eps))
 
 
@@ -86,7 +87,7 @@ class Attention:
         q = self._queries(q_latent, step)
         rows = self._rows(x, step)
         chosen = self.indexer.select(x, q_latent, step)
-        out = torch.cat([self._attend(q[s.rows], rows[s.rows], s, chosen[i]) for i, s in enumerate(step.spans)])
+        out = torch.cat([self._attend(q[s.rows], rows[s.rows], s, chosen[i], step) for i, s in enumerate(step.spans)])
         return ops.linear(ops.grouped_linear(out, self.v_up), self.o_proj)
 
     def _queries(self, q_latent: Tensor, step: Step) -> Tensor:
@@ -103,12 +104,12 @@ class Attention:
         latent = ops.rms_norm(latent, self.kv_a_layernorm, _INNER_NORM_EPS)
         return ops.pack_rows(torch.cat([latent, ops.rope(rope, step.positions, self.frequencies)], 1), self.layout)
 
-    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor, step: Step) -> Tensor:
         stream = span.streams.rows(self.layer.index)
         stream.append(rows)
         source = Rows(stream.packed, stream.layout, index=chosen)
         c = self.config
-        return self.ops.sparse_attention(q, [source], None, c.softmax_scale, c.kv_lora_rank, span.position)
+        return attend(self.ops, step, span, q, [source], None, c.softmax_scale, c.kv_lora_rank)
 
 
 class Indexer:
@@ -134,7 +135,7 @@ class Indexer:
         key = ops.layer_norm(ops.linear(x, self.wk), self.k_norm_weight, self.k_norm_bias, _INNER_NORM_EPS)
         keys = ops.pack_rows(self._rotated(key, step), self.layout)
         weights = ops.linear(x, self.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
-        return [self._select(q[span.rows], weights[span.rows], keys[span.rows], span) for span in step.spans]
+        return [self._select(q[span.rows], weights[span.rows], keys[span.rows], span, step) for span in step.spans]
 
     def _rotated(self, x: Tensor, step: Step) -> Tensor:
         """The rope channels come FIRST here and pair (i, i + rope/2), unlike everywhere else (trap 10)."""
@@ -143,11 +144,11 @@ class Indexer:
         x = torch.cat([rope, x[..., rope_dim:]], dim=-1)
         return self.ops.hadamard(x) if self.spread else x
 
-    def _select(self, q: Tensor, weights: Tensor, keys: Tensor, span: Span) -> Tensor:
+    def _select(self, q: Tensor, weights: Tensor, keys: Tensor, span: Span, step: Step) -> Tensor:
         stream = span.streams.rows(self.layer.index, "index_keys")
         stream.append(keys)
         visible = torch.arange(span.position + 1, span.position + span.num_tokens + 1)
-        return self.ops.select_rows(q, weights, stream.packed, stream.layout, visible, self.config.index_topk)
+        return select(self.ops, step, q, weights, stream, visible, self.config.index_topk)
 
 
 class DenseFFN:

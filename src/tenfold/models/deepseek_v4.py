@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
-from tenfold.models.blocks import Binder, rope_frequencies, through_layers
+from tenfold.models.blocks import Binder, attend, rope_frequencies, select, through_layers
 from tenfold.ops import Rows, Stack, Weight
 from tenfold.step import Span, Step
-from tenfold.streams import Streams
 
 __all__ = ["DeepseekV4"]
 
@@ -66,6 +65,7 @@ class Block:
         x, post, combination = self.hc_attn.mix(h, self.attn_norm)
         y = self.attn.forward(x, step)
         h = self.ops.hc_merge(h, y, post, combination)
+        step.breathe()
         x, post, combination = self.hc_ffn.mix(h, self.ffn_norm)
         y = self.ffn.forward(x, step)
         return self.ops.hc_merge(h, y, post, combination)
@@ -138,11 +138,11 @@ class Attention:
         if self.indexer is not None:
             values, gates, weights = compressed
             chosen = self.indexer.select(values, gates, weights, q_latent, step)
-        outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i]) for i, s in enumerate(step.spans)]
+        outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i], step) for i, s in enumerate(step.spans)]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
 
-    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor | None, step: Step) -> Tensor:
         sources = [self._window(rows, span)]
         if self.compressor is not None:
             stream = span.streams.rows(self.layer.index)
@@ -152,9 +152,7 @@ class Attention:
             else:
                 sources.append(Rows(stream.packed, stream.layout, index=chosen))
         width = self.config.head_dim
-        return self.ops.sparse_attention(
-            q, sources, self.attn_sink, width**-0.5, width, span.position, self.frequencies
-        )
+        return attend(self.ops, step, span, q, sources, self.attn_sink, width**-0.5, width, self.frequencies)
 
     def _window(self, rows: Tensor, span: Span) -> Rows:
         pool = span.streams.window(self.layer.index).extend(rows, span.position)
@@ -224,12 +222,12 @@ class Indexer:
         q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
         q = ops.rope_round(q, step.positions, compressor.frequencies, compressor.layout, compressor.spread)
         weights = weights * (c.index_head_dim * c.index_n_heads) ** -0.5
-        return [self._select(q[span.rows], weights[span.rows], span.streams, span) for span in step.spans]
+        return [self._select(q[span.rows], weights[span.rows], span, step) for span in step.spans]
 
-    def _select(self, q: Tensor, weights: Tensor, streams: Streams, span: Span) -> Tensor:
-        keys = streams.rows(self.layer.index, "index_keys")
+    def _select(self, q: Tensor, weights: Tensor, span: Span, step: Step) -> Tensor:
+        keys = span.streams.rows(self.layer.index, "index_keys")
         _, visible = span.entries(self.layer.ratio)
-        return self.ops.select_rows(q, weights, keys.packed, keys.layout, visible, self.config.index_topk)
+        return select(self.ops, step, q, weights, keys, visible, self.config.index_topk)
 
 
 class MoE:

@@ -68,6 +68,18 @@ class Rows:
         assert self.stop is not None
         return self.start, self.stop
 
+    @property
+    def columns(self) -> int:
+        """The most rows any query sees."""
+        return self.packed.shape[0] if self.index is None else self.index.shape[1]
+
+    def part(self, queries: slice) -> Rows:
+        """The same rows for some of the queries."""
+        if self.index is not None:
+            return Rows(self.packed, self.layout, index=self.index[queries])
+        start, stop = self.bounds
+        return Rows(self.packed, self.layout, start[queries], stop[queries])
+
 
 class Ops(Protocol):
     """The operations of a backend. Activations are float32; n counts tokens, or rows, and may be 0."""
