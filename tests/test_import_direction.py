@@ -22,7 +22,7 @@ LAYERS = (
     ("weights", "streams", "step", "sampler", "models", "quantise", "peaks", "counting"),
     ("engine", "keeping", "store", "synth", "inspection", "calibration", "doctor"),
     ("tenfold",),
-    ("completion", "contexts", "scheduler", "terminal", "bench"),
+    ("completion", "contexts", "needle", "scheduler", "terminal", "bench"),
     ("protocol", "server", "views", "talk", "store_views", "bench_views", "planner_views", "charts", "report"),
     ("planner_cli",),
     ("demo",),
@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
     "planner_cli",
     "scheduler",
     "charts",
+    "needle",
     "report",
     "cli",
 )
