@@ -226,7 +226,7 @@ class _Counting:
     def __init__(self, ops: TrainingOps, bias_name: str) -> None:
         self._ops, self._bias_name = ops, bias_name
         self.loads: dict[str, Tensor] = {}
-        self.experts, self.feed_forward = ops.experts, ops.feed_forward
+        self.experts = ops.experts
 
     def route(self, x: Tensor, gate: Weight, **options: object) -> tuple[Tensor, Tensor]:
         ids, weights = self._ops.route(x, gate, **options)

@@ -84,7 +84,15 @@ class TrainingOps:
         return reference.route(x.float(), gate, **options)
 
     def experts(
-        self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, *, limit: float, weigh_first: bool
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        bank: Experts,
+        *,
+        limit: float,
+        weigh_first: bool,
+        shared: Experts | None = None,
     ) -> Tensor:
         """Every pair of token and expert once, in the order of the experts; `weigh_first` is V4's order."""
         assert weigh_first
@@ -98,7 +106,9 @@ class TrainingOps:
         inner = self._gate(gate, up, weights.flatten()[order], limit)
         y = _GroupedLinear.apply(inner, w2, stops)  # type: ignore[no-untyped-call]
         combined: Tensor = _Combine.apply(y, order, places, ids.shape[1])  # type: ignore[no-untyped-call]
-        return combined
+        if shared is None:
+            return combined
+        return combined + self.feed_forward(x, shared.w1[0], shared.w2[0], shared.w3[0], limit)
 
     def feed_forward(self, x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float) -> Tensor:
         ones = torch.ones(x.shape[0])
