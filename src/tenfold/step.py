@@ -12,7 +12,7 @@ from tenfold.streams import Streams
 
 __all__ = ["Pace", "Span", "Step"]
 
-_PART_FLOPS = 80e9
+_PART_FLOPS = 80 * 10**9
 """Of attention and selection in one go: a third of a second on two cores, however deep the context."""
 
 
@@ -111,7 +111,7 @@ class Step:
     def in_parts(self, num_tokens: int, flops_each: int, run: Callable[[slice], Tensor]) -> Tensor:
         """What `run` makes of tokens 0 to `num_tokens` - 1, in parts none of which takes longer than a pass may go
         without a tick."""
-        most = max(1, int(_PART_FLOPS // max(1, flops_each)))
+        most = max(1, _PART_FLOPS // max(1, flops_each))
         if num_tokens <= most:
             return run(slice(0, num_tokens))
         found = []
