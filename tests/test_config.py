@@ -12,12 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenfold import config
 from tenfold.config import (
+    EMBEDDED,
     PRESETS,
     DeepseekV4Config,
     DeepseekV32Config,
     ModelConfig,
     load,
+    locate,
     parse,
     preset,
 )
@@ -327,3 +330,14 @@ def test_a_preset_with_anything_in_some_fields(name: str, data: st.DataObject) -
     attempt(fields | changes)
     scaling = data.draw(st.dictionaries(st.sampled_from(sorted(fields["rope_scaling"])), ANYTHING, max_size=2))
     attempt(fields | {"rope_scaling": fields["rope_scaling"] | scaling})
+
+
+def test_the_folders_of_embedded_models_are_their_names() -> None:
+    folders = sorted(path.name for path in Path(config.__file__).with_name("demo").glob("tiny-*") if path.is_dir())
+    assert list(EMBEDDED) == folders
+    assert "tiny-v4-flash" in folders
+    for name in folders:
+        assert locate(name).name == name
+        assert load(name).max_position_embeddings >= 1 << 20
+    with pytest.raises(ConfigError, match=", ".join(folders)):
+        load("tiny-v5")

@@ -39,7 +39,7 @@ app.add_typer(store_app, name="store")
 P = ParamSpec("P")
 N = TypeVar("N", int, float)
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder, or the embedded model tiny-v4-flash.")]
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or an embedded model such as tiny-v4-flash.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Backend = Annotated[str, typer.Option(help="auto, reference, cpu or triton.")]
 Numerics = Annotated[str, typer.Option(help="deployed: KV, index keys and activations rounded; exact: none.")]
@@ -375,7 +375,7 @@ def demo(
 @bench_app.command("context")
 @reported
 def bench_context(
-    models: Annotated[list[str], typer.Argument(help="Checkpoint folders, or the embedded model tiny-v4-flash.")],
+    models: Annotated[list[str], typer.Argument(help="Checkpoint folders, or embedded models such as tiny-v4-flash.")],
     context: Annotated[str, typer.Option(help="The longest context: 64K, 256K, 1Mi.")] = "64K",
     sampled: Annotated[
         bool, typer.Option("--sampled", help="Do not read it all: random rows, then the last 512 tokens.")

@@ -39,8 +39,10 @@ __all__ = [
 
 PRESETS = ("v4-flash", "v4-pro", "v3.2")
 
-EMBEDDED = ("tiny-v4-flash",)
-"""Models that ship with the package, weights and all."""
+_EMBEDDED_FOLDER = Path(str(resources.files("tenfold").joinpath("demo")))
+
+EMBEDDED = tuple(sorted(file.parent.name for file in _EMBEDDED_FOLDER.glob("tiny-*/config.json")))
+"""Models that ship with the package, weights and all: their folders' names are theirs."""
 
 AttentionKind = Literal["swa", "csa", "hca", "dsa"]
 """Sliding window; compressed sparse (ratio 4); heavily compressed; V3.2's token-level sparse attention."""
@@ -290,7 +292,7 @@ def preset(name: str) -> ModelConfig:
 def locate(source: str | Path) -> Path:
     """Where a model lies: an embedded model by its name, else the path itself."""
     if isinstance(source, str) and source in EMBEDDED:
-        return Path(str(resources.files("tenfold").joinpath("demo", source)))
+        return _EMBEDDED_FOLDER / source
     return Path(source)
 
 
@@ -305,7 +307,7 @@ def load(source: str | Path) -> ModelConfig:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"no config.json at {path}; give a checkpoint folder, the embedded model {', '.join(EMBEDDED)}, "
+            f"no config.json at {path}; give a checkpoint folder, an embedded model ({', '.join(EMBEDDED)}), "
             f"or one of the presets {', '.join(PRESETS)}"
         ) from None
     except (OSError, UnicodeDecodeError) as exc:

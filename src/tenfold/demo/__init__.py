@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tenfold.chat_v32 import BOS
 from tenfold.completion import Completion, load_tokenizer
 from tenfold.config import DeepseekV4Config, ModelConfig
 from tenfold.engine import Engine, Session
+from tenfold.haystack import embedded_document
 from tenfold.sampler import SamplingParams
 from tenfold.synth import synth
 
@@ -28,11 +28,6 @@ __all__ = ["MODEL", "embedded_document", "show", "v32_twin"]
 
 MODEL = "tiny-v4-flash"
 _PIECE_TOKENS = 2048
-
-
-def embedded_document() -> str:
-    """Twelve chapters of the SQLite documentation (public domain), none of them part of the training text."""
-    return resources.files("tenfold").joinpath("demo", "document.txt").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
