@@ -20,7 +20,7 @@ from torch import Tensor
 from tenfold import Engine, SamplingParams, ops, step
 from tenfold import config as configuration
 from tenfold.engine import Session, parse_bytes
-from tenfold.errors import BackendMissing, ConfigError, ContextTooLong, InputError, StoreError, UsageError
+from tenfold.errors import ConfigError, ContextTooLong, InputError, StoreError, UsageError
 from tenfold.machine import this_machine
 from tenfold.synth import synth
 
@@ -662,7 +662,6 @@ def test_arguments_of_load_are_checked(folders: dict[str, Path], tmp_path: Path)
     for words, error, named in (
         ({"numerics": "fast"}, UsageError, "'fast'"),
         ({"backend": "gpu"}, UsageError, "'gpu'"),
-        ({"backend": "triton"}, BackendMissing, "triton"),
         ({"memory": "lots"}, UsageError, "'lots'"),
         ({"memory": 0}, UsageError, "'?0"),
         ({"store": __file__}, StoreError, "test_engine"),

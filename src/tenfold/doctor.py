@@ -7,8 +7,8 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tenfold import _native, calibration
-from tenfold.errors import TenfoldError
+from tenfold import _native, calibration, ops
+from tenfold.errors import BackendMissing, TenfoldError
 from tenfold.machine import Machine, this_machine
 from tenfold.planner.machines import store_measured
 
@@ -92,5 +92,14 @@ def _backends(machine: Machine, kernels: Check) -> list[Check]:
             "the native kernels; what `auto` chooses; deployed numerics: int8 activations" if built else "not built",
         ),
         Check("backend reference", "ok", "plain torch, float32" + ("" if built else "; what `auto` chooses")),
-        Check("backend triton", "missing", f"not part of this version; {gpus}"),
+        _triton(gpus),
     ]
+
+
+def _triton(gpus: str) -> Check:
+    """Whether the GPU kernels would run, on a GPU or in Triton's interpreter."""
+    try:
+        ops.select("triton", exact=True)
+    except BackendMissing as exc:
+        return Check("backend triton", "missing", f"{exc} ({gpus})")
+    return Check("backend triton", "ok", f"Triton kernels, {importlib.metadata.version('triton')}; {gpus}")

@@ -206,7 +206,9 @@ def test_wrong_words_are_refused(model: Path, tmp_path: Path) -> None:
     assert "--context" in refused("inspect", "v4-flash", "--context", 0)
 
 
-def test_a_missing_backend_is_never_replaced(model: Path) -> None:
+def test_a_missing_backend_is_never_replaced(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "triton" in refused("run", model, "hello", "--backend", "triton", code=1)
 
 

@@ -6,10 +6,13 @@ Knows nothing of layers, sessions or files.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from tenfold import _native
@@ -255,9 +258,22 @@ def select(name: str, *, exact: bool) -> tuple[str, Ops]:
 
         _native.isa()  # raises BackendMissing with the command to build it
         return name, cast(Ops, cpu if exact else cpu_int8)
-    if name in BACKENDS:
-        raise BackendMissing(f"backend {name!r} is not part of this version; use --backend cpu or reference")
+    if name == "triton":
+        return name, _triton(exact)
     raise UsageError(f"unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}")
+
+
+def _triton(exact: bool) -> Ops:
+    if importlib.util.find_spec("triton") is None:
+        raise BackendMissing("backend triton needs the package triton; install it with: pip install 'tenfold[gpu]'")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendMissing(
+            "backend triton needs an NVIDIA GPU, and torch finds none; use --backend cpu, or set TRITON_INTERPRET=1 "
+            "to run its kernels on the CPU, thousands of times slower"
+        )
+    from tenfold.ops.triton import Triton
+
+    return cast(Ops, Triton(exact=exact))
 
 
 def _is_built() -> bool:
