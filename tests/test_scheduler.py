@@ -263,9 +263,9 @@ def test_the_queue_is_bounded_fair_and_tells_places() -> None:
     scheduler.submit("b", "b", 5, 10)
     with pytest.raises(QueueFull, match="4 requests are waiting"):
         scheduler.submit("one more", "c", 5, 10)
-    assert [scheduler.queued_before(name) for name in ("b", "a0", "a1", "a2", "running")] == [0, 1, 2, 3, None]
+    assert scheduler.queue() == ["b", "a0", "a1", "a2"]
     scheduler.end("b")
-    assert scheduler.queued_before("a0") == 0
+    assert scheduler.queue()[0] == "a0"
     scheduler.end("running")
     assert scheduler.admit() == ["a0"]
 
@@ -298,6 +298,21 @@ def test_what_the_store_had_is_not_read() -> None:
     assert run.decoded == {"x": 3, "y": 3}
 
 
+def test_who_is_held_keeps_its_memory_and_takes_part_in_no_step() -> None:
+    scheduler = Scheduler(Policy(memory_bytes=10))
+    for name in ("x", "y"):
+        scheduler.submit(name, "a", 20, 6)
+    assert scheduler.admit() == ["x"]
+    scheduler.hold("x")
+    assert scheduler.plan() == Plan((), ())
+    assert scheduler.admit() == []
+    scheduler.resumed("x", 15)
+    assert [(read.job, read.position) for read in scheduler.plan().reads] == [("x", 15)]
+    scheduler.hold("x")
+    scheduler.end("x")
+    assert scheduler.admit() == ["y"]
+
+
 class Anything(RuleBasedStateMachine):
     """Jobs come, are cancelled and end between any two calls, also while a step runs."""
 
@@ -309,6 +324,7 @@ class Anything(RuleBasedStateMachine):
         self.memory: dict[str, int] = {}
         self.alive: set[str] = set()
         self.started: set[str] = set()
+        self.held: set[str] = set()
         self.plan: Plan | None = None
 
     @rule(client=st.sampled_from("abc"), prompt=st.integers(1, 3000), memory=st.integers(1, 100))
@@ -336,11 +352,18 @@ class Anything(RuleBasedStateMachine):
     def admit(self) -> None:
         self.started.update(self.scheduler.admit())
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.alive & self.started)
+    def hold(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.alive & self.started)))
+        self.scheduler.hold(name)
+        self.held.add(name)
+
     @rule()
     @precondition(lambda self: self.plan is None)
     def begin(self) -> None:
         self.plan = plan = self.scheduler.plan()
-        running = self.alive & self.started
+        running = (self.alive & self.started) - self.held
         assert {*plan.decode, *(read.job for read in plan.reads)} <= running
         assert set(plan.decode) == {job for job in running if self.read[job] == self.prompts[job]}
         for read in plan.reads:
@@ -360,9 +383,7 @@ class Anything(RuleBasedStateMachine):
     @invariant()
     def memory_is_kept_and_queued_jobs_have_a_place(self) -> None:
         assert sum(self.memory[job] for job in self.alive & self.started) <= 100
-        waiting = sorted(self.alive - self.started)
-        assert sorted(self.scheduler.queued_before(job) or 0 for job in waiting) == list(range(len(waiting)))
-        assert all(self.scheduler.queued_before(job) is None for job in self.started)
+        assert sorted(self.scheduler.queue()) == sorted(self.alive - self.started)
 
 
 TestAnything = Anything.TestCase

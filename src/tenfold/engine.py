@@ -142,15 +142,16 @@ class Engine:
             raise UsageError("this engine does not count; load it with count=True")
         return self._counter.counted
 
-    def session(self, context: int | None = None) -> Session:
+    def session(self, context: int | None = None, space: str = "") -> Session:
         """A new, empty timeline for up to `context` tokens (default: the model's, or as many as fit the memory).
 
-        Raises ContextTooLong, and DoesNotFit with what would fit.
+        It meets in the store, and keeps there, what belongs to `space` alone. Raises ContextTooLong, and DoesNotFit
+        with what would fit.
         """
         most = self.config.max_position_embeddings
         if context is not None and not 1 <= context <= most:
             raise ContextTooLong(f"context is {context:,} tokens, expected 1 to {most:,} for this model")
-        return Session(self, self.need(context))
+        return Session(self, self.need(context), space)
 
     def need(self, context: int | None = None) -> Need:
         """The memory a session of `context` tokens takes and how it reads, before anything is allocated."""
@@ -162,13 +163,19 @@ class Engine:
         )
         return need if self.chunk_tokens is None else need.in_chunks(self.chunk_tokens)
 
-    def step(self, batch: Mapping[Session, Sequence[int]]) -> dict[Session, Tensor]:
-        """Adds tokens to several sessions in one pass; float32 [vocab] logits of each one's last position."""
+    def step(
+        self, batch: Mapping[Session, Sequence[int]], tick: Callable[[float], None] | None = None
+    ) -> dict[Session, Tensor]:
+        """Adds tokens to several sessions in one pass; float32 [vocab] logits of each one's last position.
+
+        `tick` is told the share that is done, more than once a second. What it raises ends the pass, as if the
+        tokens had never been given.
+        """
         if any(session.engine is not self for session in batch):
             raise UsageError("a session belongs to another engine; step each engine with its own sessions")
         if not batch:
             return {}
-        self._run({session: session.accept(ids) for session, ids in batch.items()}, every=False)
+        self._run({session: session.accept(ids) for session, ids in batch.items()}, every=False, tick=tick)
         return {session: session.last_logits for session in batch}
 
     def _run(
@@ -237,9 +244,10 @@ class Snapshot:
 class Session:
     """One timeline of tokens with its streams."""
 
-    def __init__(self, engine: Engine, need: Need) -> None:
+    def __init__(self, engine: Engine, need: Need, space: str) -> None:
         self.engine = engine
         self.need = need
+        self.space = space
         self.context = need.context
         self.streams = Streams(engine.config, need.context, engine.exact)
         self.in_flight = False
@@ -271,16 +279,17 @@ class Session:
     def resume(self, ids: Sequence[int]) -> Match | None:
         """Makes the timeline the longest prefix of `ids` that the store can give back, if it is longer than the
         prefix this session can rewind to; None without a store. The rest of `ids` is the caller's to feed."""
-        if self.engine.keeper is None:
+        keeper = self._keeper
+        if keeper is None:
             return None
         tokens = self._valid(ids)
         self.check_fits(len(tokens))
-        match = self.engine.keeper.find(tokens)
+        match = keeper.find(tokens)
         if match.position <= self._shared(tokens):
             return match
         self._tokens, self._points, self._logits, self.in_flight = array("i"), [], None, True
         self.streams.clear()
-        match, logits = self.engine.keeper.load(tokens, self.streams)
+        match, logits = keeper.load(tokens, self.streams)
         self._tokens, self._logits, self.in_flight = array("i", tokens[: match.position]), logits, False
         self._kept = Kept(match.chain)
         if logits is not None:
@@ -296,11 +305,27 @@ class Session:
 
     def keep(self, kind: Literal["end", "auto"] = "end") -> None:
         """Stores what is new of this timeline, with a restore point here; nothing without a store."""
-        if self.engine.keeper is not None and self._tokens and not self.in_flight:
-            self.engine.keeper.keep(self._kept, self._tokens, self.streams, self.last_logits, kind)
-            self._kept_s = time.monotonic()
+        if (keep := self.keeping(kind)) is not None:
+            keep()
 
-    def _is_time_to_keep(self) -> bool:
+    def keeping(self, kind: Literal["end", "auto"] = "end") -> Callable[[], None] | None:
+        """`keep`, to be called in another thread while the timeline goes on from here; None if there is nothing to do.
+
+        Those of one session are called in turn, in their order.
+        """
+        keeper = self._keeper
+        if keeper is None or not self._tokens or self.in_flight:
+            return None
+        self._kept_s = time.monotonic()
+        tokens, logits = self._tokens[:], self.last_logits
+        state = {key: data.clone() for key, data in self.streams.live_state(self.length).items()}
+        return lambda: keeper.keep(self._kept, tokens, self.streams, state, logits, kind)
+
+    @property
+    def _keeper(self) -> Keeper | None:
+        return None if self.engine.keeper is None else self.engine.keeper.within(self.space)
+
+    def is_time_to_keep(self) -> bool:
         """Often enough that little is lost, seldom enough that waiting for the disk does not show."""
         late = time.monotonic() - self._kept_s > _KEEP_EVERY_S
         return late or self.length - self._kept.length >= _KEEP_EVERY_TOKENS
@@ -319,7 +344,7 @@ class Session:
             output = self.engine._run({self: chunk}, every=logits == "all", tick=tick)
             if logits == "all":
                 collected.append(output)
-            if start + len(chunk) < len(tokens) and self._is_time_to_keep():
+            if start + len(chunk) < len(tokens) and self.is_time_to_keep():
                 self.keep("auto")
             if progress is not None:
                 progress(start + len(chunk))
@@ -407,6 +432,12 @@ class Session:
             most = self.engine.config.max_position_embeddings
             way_out = "shorten the text" if self.context == most else f"shorten it or allow more, up to {most:,}"
             raise ContextTooLong(f"{num_tokens:,} tokens do not fit the context of {self.context:,}; {way_out}")
+
+    def fall_back(self) -> None:
+        """After a pass that was cut short: back to the last restore point, and nothing is read again."""
+        if self.in_flight:
+            self._restore_nearest()
+            self._kept.cut(self.length)
 
     def ready(self) -> None:
         """Puts right what a pass that was cut short left behind."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -63,6 +63,13 @@ class Keeper:
     def __init__(self, store: Store, timeline: Timeline) -> None:
         self.store, self.timeline = store, timeline
 
+    def within(self, space: str) -> Keeper:
+        """The keeper of a part of the store that is found under this name alone; "" is the common part."""
+        if not space:
+            return self
+        digest = hashlib.sha256(f"{self.timeline.digest}|{space}".encode()).hexdigest()
+        return Keeper(self.store, replace(self.timeline, digest=digest))
+
     def find(self, ids: Sequence[int]) -> Match:
         """The longest stored prefix of `ids`, without reading its rows."""
         return self.store.match(self.timeline, ids)
@@ -84,10 +91,19 @@ class Keeper:
             streams.restore_live(match.position, loaded.fixed)
             return match, loaded.logits
 
-    def keep(self, kept: Kept, tokens: Sequence[int], streams: Streams, logits: Tensor, kind: str) -> None:
+    def keep(
+        self,
+        kept: Kept,
+        tokens: Sequence[int],
+        streams: Streams,
+        state: Mapping[tuple[int, str], Tensor],
+        logits: Tensor,
+        kind: str,
+    ) -> None:
         """Stores what is new of a timeline, and a restore point at its end; a store in trouble is no error.
 
-        `kind` is "end" for a place users come back to, "auto" for one in the middle of a long read.
+        `state` and `logits` are those behind the last of `tokens`; `streams` may have gone on meanwhile. `kind` is
+        "end" for a place users come back to, "auto" for one in the middle of a long read.
         """
         while kept.length < len(tokens):
             stop = min(len(tokens), kept.length + _MOST_SEGMENT_TOKENS)
@@ -101,7 +117,7 @@ class Keeper:
             kept.chain = self.store.append(self.timeline, before, tokens[kept.length : stop], rows)
             if kept.chain == before:
                 return
-        self.store.add_point(self.timeline, kept.chain, len(tokens), streams.live_state(len(tokens)), logits, kind)
+        self.store.add_point(self.timeline, kept.chain, len(tokens), state, logits, kind)
 
 
 def _room(streams: Streams, key: tuple[int, str], count: int) -> Tensor:

@@ -83,6 +83,7 @@ class _Job:
     prompt_tokens: int
     memory_bytes: int
     read_s: float = 0.0
+    held: bool = False
 
     @property
     def reads(self) -> bool:
@@ -118,7 +119,7 @@ class _Costs:
 class Scheduler:
     """Jobs wait in a bounded queue, are admitted when their memory fits, read their prompts, and decode until `end`.
 
-    In turns: `admit`, `plan`, the step itself, `done`. `submit`, `end` and `resumed` may come between any two of them.
+    In turns: `admit`, `plan`, the step itself, `done`. The other calls may come between any two of them.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -151,12 +152,16 @@ class Scheduler:
         self._waiting[job] = _Job(job, self._number, client, 0, prompt_tokens, memory_bytes)
         self._number += 1
 
+    def hold(self, job: str) -> None:
+        """An admitted job takes part in no step, until it is `resumed`; its memory stays its own."""
+        self._running[job].held = True
+
     def resumed(self, job: str, position: int) -> None:
         """The first `position` tokens of a job just admitted need not be read: they were in the store."""
         found = self._running[job]
         if found.position or not 0 <= position <= found.prompt_tokens:
             raise UsageError(f"job {job!r} is at {found.position} of {found.prompt_tokens}, cannot go to {position}")
-        found.position = position
+        found.position, found.held = position, False
 
     def end(self, job: str) -> None:
         """The job is finished, failed or cancelled, wherever it is; unknown names are those of jobs ended before."""
@@ -167,11 +172,9 @@ class Scheduler:
         busy = {other.client for jobs in (self._waiting, self._running) for other in jobs.values()}
         self._clients = {name: client for name, client in self._clients.items() if name in busy}
 
-    def queued_before(self, job: str) -> int | None:
-        """How many jobs are expected to be admitted first; None for one that does not wait."""
-        if job not in self._waiting:
-            return None
-        return [waiting.name for waiting in self._queue()].index(job)
+    def queue(self) -> list[str]:
+        """The jobs that wait, in the order in which they are expected to be admitted."""
+        return [waiting.name for waiting in self._queue()]
 
     def admit(self) -> list[str]:
         """The jobs that start now. The head of the queue is not overtaken by smaller ones, or it might never start."""
@@ -204,8 +207,9 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step, of the jobs admitted."""
-        decode = tuple(job.name for job in self._running.values() if not job.reads)
-        prompts = sorted((job for job in self._running.values() if job.reads), key=self._turn)
+        ready = [job for job in self._running.values() if not job.held]
+        decode = tuple(job.name for job in ready if not job.reads)
+        prompts = sorted((job for job in ready if job.reads), key=self._turn)
         if not prompts:
             return Plan(decode, ())
         depth, left = prompts[0].position, sum(job.prompt_tokens - job.position for job in prompts)

@@ -12,6 +12,7 @@ from tenfold.server import wire
 from tenfold.server.wire import HEADER_BYTES, Job, WireError
 
 MESSAGES = (
+    wire.Start("tiny", memory="1G", threads=1, store="somewhere"),
     Job("a", "c", "k", (), {"temperature": 0.5, "logit_bias": {}}),
     Job(
         "a",

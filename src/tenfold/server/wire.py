@@ -31,6 +31,7 @@ __all__ = [
     "Queued",
     "Ready",
     "Shutdown",
+    "Start",
     "Token",
     "Tokens",
     "WireError",
@@ -54,6 +55,20 @@ class WireError(RunError):
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """The first message: what to load. `store` None keeps nothing on disk; at most `queue_jobs` wait."""
+
+    model: str
+    backend: str = "auto"
+    numerics: Literal["deployed", "exact"] = "deployed"
+    memory: str | None = None
+    threads: int | None = None
+    store: str | None = None
+    store_limit_bytes: int | None = None
+    queue_jobs: int = 256
+
+
+@dataclass(frozen=True, slots=True)
 class Constraint:
     """What an output must be: `kind` and `schema` as deepseek-recipe's OutputConstraint has them.
 
@@ -69,8 +84,9 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One completion. `client` is for fairness, `cache` for which stored prefixes it may meet; both are hashes, never
-    what a client sent. `sampling` holds the fields of SamplingParams but `stop`, which is the text side's."""
+    """One completion. `client` is for fairness, `cache` for which stored prefixes it may meet ("": those of all who
+    have ""); both are hashes, never what a client sent. `sampling` holds the fields of SamplingParams but `stop`, which
+    is the text side's."""
 
     id: str
     client: str
@@ -111,7 +127,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Every half second, and whenever a step ends: `steps` grows while work is done."""
+    """Every half second. `steps` grows with each turn of the engine's loop, also at rest, and with each part of a
+    pass: if it stands still, so does the engine. `running` jobs read or decode; `kv_bytes` are theirs."""
 
     steps: int
     running: int
@@ -175,8 +192,9 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last event of a job that went wrong. `kind` is input (it can never work), full (the queue is), memory (it
-    does not fit), or engine; `again` says whether the same request may succeed later."""
+    """The last event of a job that went wrong; with the id "", why the engine could not be loaded. `kind` is input (it
+    can never work), full (the queue is), memory (it does not fit), or engine; `again` says whether the same request may
+    succeed later."""
 
     id: str
     kind: Literal["input", "full", "memory", "engine"]
@@ -185,10 +203,11 @@ class Failed:
 
 
 Event = Queued | Admitted | Progress | Tokens | Finished | Failed
-Message = Job | Cancel | Shutdown | Ready | Heartbeat | Event
+Message = Start | Job | Cancel | Shutdown | Ready | Heartbeat | Event
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
     for kind in (
+        Start,
         Job,
         Cancel,
         Shutdown,
