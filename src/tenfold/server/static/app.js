@@ -147,7 +147,9 @@ function stop() {
 
 function transcript(asked) {
   if (!transcripts.has(asked)) {
-    transcripts.set(asked, new Transcript(asked, { edit, again, say: (words) => asked === current && announcer.say(words) }));
+    const say = (words) => asked === current && announcer.say(words);
+    const grown = () => asked === current && scrollDown();
+    transcripts.set(asked, new Transcript(asked, { edit, again, say, grown }));
   }
   return transcripts.get(asked);
 }

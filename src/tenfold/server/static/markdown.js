@@ -392,9 +392,10 @@ function emphasis(text, at, depth, hopeless) {
 function closingMark(text, from, mark) {
   const marks = new RegExp(`[\\\\\`${mark[0]}]`, "g");
   const lost = new Set(); // runs of backticks that close nothing
-  for (let at = from; at < text.length; ) {
+  for (let at = from; ; ) {
     marks.lastIndex = at;
-    at = marks.exec(text)?.index ?? text.length;
+    at = marks.exec(text)?.index ?? -1;
+    if (at < 0) return -1;
     const run = runOf(text, at);
     if (text[at] === "\\") {
       at += 2;
@@ -403,11 +404,10 @@ function closingMark(text, from, mark) {
       if (close < 0) lost.add(run);
       at = (close < 0 ? at : close) + run.length;
     } else {
-      if (at > from && at < text.length && closes(text, at, run, mark)) return at + run.length - mark.length;
+      if (at > from && closes(text, at, run, mark)) return at + run.length - mark.length;
       at += run.length;
     }
   }
-  return -1;
 }
 
 function closes(text, at, run, mark) {

@@ -6,7 +6,8 @@ import { Markdown } from "/static/markdown.js";
 import { button, bytes, copyButton, count, duration, element, number, rate } from "/static/words.js";
 
 /**
- * The messages of a conversation as elements. `actions`: edit(message, text, documents), again(), say(sentence).
+ * The messages of a conversation as elements. `actions`: edit(message, text, documents), again(), say(sentence),
+ * grown() after more of an answer is shown.
  */
 export class Transcript {
   element = element("div", { class: "transcript" });
@@ -185,6 +186,7 @@ class Answer {
     const words = this.#message.thinking.split(/\s+/).length;
     this.#thinking.hidden = !this.#message.thinking;
     this.#summary.textContent = `${this.#message.text ? "Thought" : "Thinking"}, ${count(words, "word")}`;
+    this.#actions.grown();
   }
 
   /** Nothing more comes: the message says all there is to show. */

@@ -18,7 +18,7 @@ export function bytes(n) {
     n /= 1000;
     unit += 1;
   }
-  return `${unit ? n.toPrecision(3) : Math.round(n)} ${UNITS[unit]}`;
+  return `${unit && n < 999.5 ? n.toPrecision(3) : plain.format(Math.round(n))} ${UNITS[unit]}`;
 }
 
 /** Tokens per second: 0.42, 7.3, 812. */
