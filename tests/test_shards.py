@@ -156,7 +156,7 @@ def test_verdicts_are_those_of_safetensors(name: str, tmp_path: Path) -> None:
     path.write_bytes((MALFORMED | ODD)[name]())
     started = time.process_time()
     verdict = accepted(path)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 20  # what is not linear in the header takes minutes
     assert verdict is oracle(path)
 
 

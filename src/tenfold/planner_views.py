@@ -148,6 +148,8 @@ def show_plan(found: Mapping[str, Any]) -> None:
     if found["time"]:
         _show_time(found)
         _show_money(found)
+    elif memory["mode"] != "does not fit":
+        out.print("How long it takes: run `tenfold doctor --measure` once (about 20 seconds), then ask again.")
 
 
 def _verdict(found: Mapping[str, Any]) -> str:

@@ -100,7 +100,8 @@ def test_a_folder_can_be_compared() -> None:
         (("plan", "v4-pro", "--machine", "H200", "--hourly", "-4"), "the nearest is 4"),
         (("plan", "v4-pro", "--machine", "H200", "--utilisation", "2"), "at most 1"),
         (("plan", "v4-pro", "--machine", "H200", "--workload", "reed it"), "expected words such as"),
-        (("plan", "v4-pro"), "tenfold doctor --measure"),
+        (("plan", "v4-pro", "--context", "1.5X"), "expected a number of tokens such as 4096, 128K, 1M or 1Mi"),
+        (("plan", "v4-pro", "--context", "2M"), "the longest is --context 1048576"),
     ],
 )
 def test_bad_input_gets_one_sentence_with_a_way_out(words: tuple[str, ...], sentence: str) -> None:
@@ -185,10 +186,25 @@ def test_a_workload_here_and_hosted() -> None:
     assert found["own_usd"] == pytest.approx((found["read_s"] + found["ask_s"]) / 3600 * 5.5 * 8)
 
 
+def test_the_workload_of_the_manual_fits() -> None:
+    """Fifty questions of one text are fifty forks of it, not one session longer than the model holds."""
+    words = ("plan", "v4-flash", "--machine", "H200", "--gpus", "8", "--context", "1M")
+    found = asked(*words, "--workload", "read 1M once, ask 50 x 1K")["workload"]
+    assert found["ask_s"] < 50 * found["read_s"]
+    assert Workload(1_000_000, 50, 1024, 1024).context == 1_002_048
+
+
+def test_a_machine_that_was_not_measured_tells_memory_and_no_times() -> None:
+    found = asked("plan", "tiny-v4-flash", "--context", "4K")
+    assert found["memory"]["mode"] == "resident"
+    assert found["time"] is found["money"] is found["machine"]["read_bytes_per_s"] is None
+    assert "tenfold doctor --measure" in run("plan", "tiny-v4-flash", "--context", "4K")
+
+
 def test_a_hosted_bill_worked_by_hand() -> None:
-    """100 read, then twice: 100 and 115 of the cache, 10 new, 5 written."""
+    """100 read with the first question, 100 of the cache for the second; 10 new and 5 written each."""
     price = Price("", "", "", hit=1e6, miss=100e6, output=10_000e6, source="")
-    assert hosted_usd(Workload(100, 2, 10, 5), price) == 120 * 100 + 215 + 10 * 10_000
+    assert hosted_usd(Workload(100, 2, 10, 5), price) == 120 * 100 + 100 + 10 * 10_000
 
 
 WRITTEN = {"4096": 4096, "4K": 4096, "1M": 1_000_000, "1Mi": 1_048_576, "1,000": 1000, "0.5M": 500_000}

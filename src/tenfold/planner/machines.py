@@ -45,6 +45,11 @@ class Hardware:
     usd_per_hour_owned: float | None
     source: str
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether times can be told: data sheets tell all rates, this machine none before its measurement."""
+        return self.read_bytes_per_s > 0
+
     def peak(self, precision: Precision) -> float:
         """FLOPs a second of a precision; where its units are missing the next wider one serves."""
         fp8 = self.fp8_flops or self.bf16_flops
@@ -97,7 +102,7 @@ def known() -> dict[str, Hardware]:
 
 
 def find(name: str) -> Hardware:
-    """The machine of this name; `this` is the one at hand, as far as it was measured."""
+    """The machine of this name; `this` is the one at hand, its rates 0 until they were measured."""
     if name == HERE:
         return _here()
     lowered = {known_name.lower(): hardware for known_name, hardware in known().items()}
@@ -110,22 +115,20 @@ def find(name: str) -> Hardware:
 
 
 def _here() -> Hardware:
-    found = measured()
-    if found is None:
-        raise UsageError("this machine was not measured yet; run `tenfold doctor --measure` once (about 20 seconds)")
+    machine, found = this_machine(), measured()
     return Hardware(
-        name=found.cpu_model,
+        name=found.cpu_model if found else machine.cpu_model,
         kind="this",
-        memory_bytes=this_machine().ram_available_bytes,
-        read_bytes_per_s=found.read_bytes_per_s,
-        bf16_flops=found.float32_flops_per_s,
+        memory_bytes=machine.ram_available_bytes,
+        read_bytes_per_s=found.read_bytes_per_s if found else 0.0,
+        bf16_flops=found.float32_flops_per_s if found else 0.0,
         fp8_flops=None,
-        fp4_flops=found.int8_ops_per_s,
-        disk_bytes_per_s=found.disk_bytes_per_s,
+        fp4_flops=found.int8_ops_per_s if found else None,
+        disk_bytes_per_s=found.disk_bytes_per_s if found else None,
         watts=None,
         usd_per_hour=None,
         usd_per_hour_owned=None,
-        source=f"measured here on {found.measured_on} with {found.threads} threads",
+        source=f"measured here on {found.measured_on} with {found.threads} threads" if found else "not measured yet",
     )
 
 

@@ -16,13 +16,16 @@ from tenfold.errors import ContextTooLong, DoesNotFit, UsageError
 from tenfold.planner.anatomy import dissect, loaded
 from tenfold.planner.clocks import CHUNK_TOKENS, Clock, FleetClock, LocalClock, residual_channels
 from tenfold.planner.compare import Compared
-from tenfold.planner.machines import Hardware, Measured, measured
+from tenfold.planner.machines import Hardware, measured
 from tenfold.planner.memory import kv_by_component, kv_bytes, kv_bytes_per_token, kv_fixed_bytes
 from tenfold.planner.prices import Price, Workload, hosted_usd
 from tenfold.planner.serving import Fleet, usd_per_million
 from tenfold.planner.work import step_work
 
 __all__ = ["Terms", "plan", "scratch_bytes", "table_bytes"]
+
+_BASE_BYTES = 200_000_000
+"""A process with an engine and no session, where it was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,14 @@ def plan(model: Compared, context: int, terms: Terms) -> dict[str, Any]:
     _check_context(model, max(context, terms.workload.context if terms.workload else 0))
     fleet = Fleet(dissect(model.config, loaded), terms.hardware, terms.count, table_bytes(model.config))
     here = measured() if terms.hardware.kind == "this" else None
-    fit = _fit_fleet(model, fleet, context) if here is None else _fit_here(model, fleet, context, here)
-    channels = residual_channels(model.config)
-    clock: Clock = FleetClock(fleet)
-    if here is not None:
-        clock = LocalClock(fleet.anatomy, here, channels, fit.chunk_tokens, fit.streamed_share)
+    if terms.hardware.kind == "this":
+        fit = _fit_here(model, fleet, context, here.base_bytes if here else _BASE_BYTES)
+    else:
+        fit = _fit_fleet(model, fleet, context)
     found: dict[str, Any] = {
         "model": model.name,
         "context": context,
-        "machine": asdict(terms.hardware) | {"count": terms.count},
+        "machine": {name: value or None for name, value in asdict(terms.hardware).items()} | {"count": terms.count},
         "memory": _memory(model, fleet, context, fit),
         "kv_read_bytes": sum(part.kv_bytes for part in step_work(fleet.anatomy, context - 1, 1)),
         "bytes_read": sum(part.bytes_read for part in step_work(fleet.anatomy, context - 1, 1)),
@@ -71,8 +73,12 @@ def plan(model: Compared, context: int, terms: Terms) -> dict[str, Any]:
         "money": None,
         "workload": None,
     }
-    if fit.mode == "does not fit":
+    if fit.mode == "does not fit" or not terms.hardware.is_measured:
         return found
+    clock: Clock = FleetClock(fleet)
+    if here is not None:
+        channels = residual_channels(model.config)
+        clock = LocalClock(fleet.anatomy, here, channels, fit.chunk_tokens, fit.streamed_share)
     found["time"] = {
         "first_token_s": clock.prefill_s(0, context),
         "tokens_per_s": 1 / clock.decode_s(context),
@@ -132,15 +138,15 @@ def _fit_fleet(model: Compared, fleet: Fleet, context: int) -> _Fit:
     return _Fit("resident" if low >= context else "does not fit", usable, scratch, low)
 
 
-def _fit_here(model: Compared, fleet: Fleet, context: int, measured: Measured) -> _Fit:
+def _fit_here(model: Compared, fleet: Fleet, context: int, base_bytes: int) -> _Fit:
     """By the engine's own budget. Mapped weights that memory does not hold are read from disk again and again."""
     memory_bytes = int(fleet.hardware.memory_bytes)
     checkpoint_bytes = fleet.common_bytes + fleet.resident_bytes + fleet.expert_bytes
-    given = budget.Budget(memory_bytes, measured.base_bytes, checkpoint_bytes, checkpoint_bytes > memory_bytes)
+    given = budget.Budget(memory_bytes, base_bytes, checkpoint_bytes, checkpoint_bytes > memory_bytes)
     try:
         longest = budget.longest(model.config, model.config.max_position_embeddings, given, exact=False)
     except DoesNotFit:  # not even 128 tokens
-        return _Fit("does not fit", memory_bytes, measured.base_bytes, 0)
+        return _Fit("does not fit", memory_bytes, base_bytes, 0)
     if context > longest.context:
         return _Fit("does not fit", memory_bytes, longest.total_bytes - longest.kv_bytes, longest.context)
     need = budget.fit(model.config, context, given)
@@ -225,14 +231,11 @@ def _hourly(terms: Terms) -> tuple[float | None, str]:
 
 def _workload(clock: Clock, workload: Workload, money: dict[str, Any], terms: Terms) -> dict[str, Any]:
     """Seconds and dollars of a text read once and asked about, here and hosted."""
-    read_s = clock.prefill_s(0, workload.read)
-    held, ask_s = workload.read, 0.0
-    for _ in range(workload.asks):
-        ask_s += clock.prefill_s(held, held + workload.question)
-        held += workload.question
-        ends = clock.decode_s(held + 1), clock.decode_s(held + workload.answer)
-        ask_s += workload.answer * sum(ends) / 2
-        held += workload.answer
+    read_s, ask_s = clock.prefill_s(0, workload.read), 0.0
+    if workload.asks:
+        asked = workload.read + workload.question
+        ends = clock.decode_s(asked + 1), clock.decode_s(workload.context)
+        ask_s = workload.asks * (clock.prefill_s(workload.read, asked) + workload.answer * sum(ends) / 2)
     hourly = money["usd_per_hour"]
     own = None if hourly is None else (read_s + ask_s) / 3600 * hourly * terms.count / terms.utilisation
     return {

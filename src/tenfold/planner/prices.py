@@ -87,7 +87,10 @@ def parse_tokens(text: str | int, option: str = "--context") -> int:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A text of `read` tokens, read once, then `asks` questions of `question` tokens, answered with `answer` each."""
+    """A text of `read` tokens, read once, then `asks` questions of `question` tokens, answered with `answer` each.
+
+    Every question is put to the text alone, as one fork of it: questions and answers do not pile up.
+    """
 
     read: int
     asks: int = 0
@@ -96,8 +99,8 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Tokens at the end: every question and answer stays in the session."""
-        return self.read + self.asks * (self.question + self.answer)
+        """Tokens of the longest session: the text, one question, its answer."""
+        return self.read + (self.question + self.answer if self.asks else 0)
 
 
 _WORKLOAD = re.compile(
@@ -121,11 +124,8 @@ def parse_workload(text: str) -> Workload:
 
 
 def hosted_usd(workload: Workload, price: Price) -> float:
-    """The bill of a host that caches perfectly: the text and each question missed once, all before it a hit."""
-    missed, hit, held = workload.read, 0, workload.read
-    for _ in range(workload.asks):
-        missed += workload.question
-        hit += held
-        held += workload.question + workload.answer
+    """The bill of a host that caches perfectly: the text missed once and hit by every question after the first."""
+    missed = workload.read + workload.asks * workload.question
+    hit = max(0, workload.asks - 1) * workload.read
     written = workload.asks * workload.answer
     return (missed * price.miss + hit * price.hit + written * price.output) / 1e6
