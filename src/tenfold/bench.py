@@ -80,7 +80,7 @@ def walk(
                 context=length,
                 prefill_s=prefill_s,
                 prefill_tps=(length - done) / prefill_s,
-                decode_tps=_decode_tps(session),
+                decode_tps=_decode_tps(session, ids),
                 kv_bytes=sum(session.kv_bytes().values()),
                 stored_bytes=0 if keeper is None else keeper.store.index.total_bytes(),
                 peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
@@ -143,15 +143,14 @@ def _both(first: Progress, second: Progress | None, done: int) -> Callable[[int]
     return progress
 
 
-def _decode_tps(session: Session) -> float:
+def _decode_tps(session: Session, ids: Sequence[int]) -> float:
     """Decoded tokens a second here, or just before the end where no room is left; the timeline ends as it was."""
-    room = session.context - session.length
-    start = session.length - max(0, _DECODE_STEPS - room)
-    removed = session.tokens[start:]
+    length = session.length
+    start = length - max(0, _DECODE_STEPS - (session.context - length))
     session.rewind(start)
     step_s = statistics.median(_step_s(session) for _ in range(_DECODE_STEPS))
     session.rewind(start)
-    session.feed(removed)
+    session.feed(ids[start:length])
     return 1 / step_s
 
 

@@ -21,7 +21,8 @@ _EXPERT_ROWS = 24
 _UNHURRIED_CHUNK_TOKENS = 4096
 _TOKENS_PER_S_FLOPS = 240e9
 _PATIENCE_S = 0.9
-_TOKEN_BYTES = 4
+_ID_BYTES = 4 + 2 * 8 + 32
+"""A token id as the session keeps it, and on its way in: in two lists of references, to a number of Python."""
 _MOST_KERNEL_SCRATCH_BYTES = 64 << 20
 _SLACK_BYTES = 16 << 20
 _RESTORE_POINTS = 8
@@ -52,6 +53,7 @@ class Need:
     base_bytes: int
     weights_bytes: int
     kv_bytes: int
+    ids_bytes: int
     points_bytes: int
     residual_bytes: int
     scratch_bytes: int
@@ -59,7 +61,8 @@ class Need:
     @property
     def total_bytes(self) -> int:
         """Everything but the mapped weights."""
-        return self.base_bytes + self.kv_bytes + self.points_bytes + self.residual_bytes + self.scratch_bytes
+        session = self.kv_bytes + self.ids_bytes + self.points_bytes
+        return self.base_bytes + session + self.residual_bytes + self.scratch_bytes
 
     def in_chunks(self, chunk_tokens: int) -> Need:
         """The same with chunks of at most `chunk_tokens`."""
@@ -119,7 +122,8 @@ def _need(config: ModelConfig, context: int, chunk: int, tile: int, budget: Budg
         tile_tokens=tile,
         base_bytes=budget.base_bytes,
         weights_bytes=budget.weights_bytes,
-        kv_bytes=stream_bytes(config, context, exact=exact) + context * _TOKEN_BYTES,
+        kv_bytes=stream_bytes(config, context, exact=exact),
+        ids_bytes=context * _ID_BYTES,
         points_bytes=_RESTORE_POINTS * (stream_bytes(config, 0, exact=exact) + 4 * config.vocab_size),
         residual_bytes=_residual_bytes(config, chunk),
         scratch_bytes=_scratch_bytes(config, tile),
@@ -173,9 +177,10 @@ def _token_numbers(config: ModelConfig) -> int:
 
 
 def _refusal(config: ModelConfig, least: Need, budget: Budget, exact: bool) -> str:
-    fixed = least.total_bytes - least.kv_bytes + stream_bytes(config, 0, exact=exact)
+    fixed = least.total_bytes - least.kv_bytes - least.ids_bytes + stream_bytes(config, 0, exact=exact)
     left = budget.memory_bytes - fixed
-    a_token = (stream_bytes(config, 1 << 20, exact=exact) - stream_bytes(config, 0, exact=exact)) / (1 << 20) + 4
+    rows = stream_bytes(config, 1 << 20, exact=exact) - stream_bytes(config, 0, exact=exact)
+    a_token = rows / (1 << 20) + _ID_BYTES
     longest = max(0, int(left / a_token) // 128 * 128)
     way = f"--context {longest} fits, or " if longest else ""
     return (

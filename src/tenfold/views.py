@@ -31,6 +31,7 @@ def show_plan(need: Need) -> None:
     parts = (
         ("program", need.base_bytes),
         ("KV", need.kv_bytes),
+        ("token ids", need.ids_bytes),
         ("restore points", need.points_bytes),
         ("residual", need.residual_bytes),
         ("scratch", need.scratch_bytes),
