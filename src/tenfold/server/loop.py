@@ -12,6 +12,7 @@ import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -42,6 +43,8 @@ _REST_S = 0.25
 _PULSE_EVERY_S = 0.4
 _QUEUE_EVERY_S = 1.0
 _TYPICAL_CONTEXT = 1 << 16
+_LEAST_STREAMED_TOKENS = 4096
+_TURN_S = 2.0
 _MOST_QUEUED_TOKENS = 1 << 24
 _SHUTTING_DOWN = "the server is shutting down; send the request again in a moment"
 _log = logging.getLogger(__name__)
@@ -58,11 +61,17 @@ class _CutShort(BaseException):
 
 
 def policy_of(engine: Engine, queue_jobs: int) -> Policy:
-    """What sessions may take together: the budget less what the process has already and what a pass takes."""
+    """What sessions may take together: the budget less what the process has already and what a pass takes.
+
+    Where weights come from disk a pass costs nearly the same for few tokens as for many, so it has many.
+    """
     need = engine.need(min(_TYPICAL_CONTEXT, engine.config.max_position_embeddings))
     taken = need.base_bytes + need.residual_bytes + need.scratch_bytes
     memory_bytes = engine.budget.memory_bytes - taken
-    return Policy(memory_bytes=memory_bytes, chunk_tokens=need.chunk_tokens, queue_jobs=queue_jobs)
+    policy = Policy(memory_bytes, need.chunk_tokens, turn_s=_TURN_S, queue_jobs=queue_jobs)
+    if engine.budget.streamed:
+        return replace(policy, least_chunk_tokens=min(need.chunk_tokens, _LEAST_STREAMED_TOKENS))
+    return policy
 
 
 class Loop:
@@ -87,6 +96,7 @@ class Loop:
         self._ended: dict[str, Task] = {}
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._store_bytes = 0
+        self._newcomers = False
         self._pulsed_s = self._queued_s = 0.0
 
     def run(self) -> None:
@@ -160,6 +170,7 @@ class Loop:
             self._say(_failure(job.id, exc))
         else:
             self._tasks[job.id] = task
+            self._newcomers = True
 
     def _queued_tokens(self) -> int:
         return sum(len(task.prompt) for task in self._tasks.values() if task.session is None)
@@ -362,10 +373,10 @@ class Loop:
 
     def _report(self) -> None:
         """Places in the queue where they have changed, the figures of the pulse, and all that is unsent."""
-        now, waiting = time.monotonic(), [self._tasks[name] for name in self.scheduler.queue()]
-        if now - self._queued_s >= _QUEUE_EVERY_S or any(task.ahead is None for task in waiting):
-            self._queued_s = now
-            for ahead, task in enumerate(waiting):
+        now = time.monotonic()
+        if self._newcomers or now - self._queued_s >= _QUEUE_EVERY_S:
+            self._queued_s, self._newcomers = now, False
+            for ahead, task in enumerate(self._tasks[name] for name in self.scheduler.queue()):
                 if task.ahead != ahead and not task.over:
                     task.ahead = ahead
                     self._say(Queued(task.id, ahead))
@@ -373,7 +384,7 @@ class Loop:
             self._pulsed_s = now
             live = [task.session for task in self._tasks.values() if task.session is not None and not task.over]
             kv_bytes = sum(sum(session.kv_bytes().values()) for session in live)
-            self.pulse = Heartbeat(self.steps, len(live), len(waiting), kv_bytes, 0, self._store_bytes)
+            self.pulse = Heartbeat(self.steps, len(live), len(self.scheduler.queue()), kv_bytes, 0, self._store_bytes)
         self._flush()
 
 

@@ -228,10 +228,12 @@ _KINDS: dict[str, type[Any]] = {
 
 def encode(message: Message) -> bytes:
     """One frame. Raises WireError if the message is larger than frames may be."""
-    said, payload = asdict(message), b""
+    said, payload = {one.name: getattr(message, one.name) for one in fields(message)}, b""
     if isinstance(message, Job):
-        del said["prompt"]
-        payload = _little(array("I", message.prompt)).tobytes()
+        payload = _little(array("I", said.pop("prompt"))).tobytes()
+        said["constraint"] = None if message.constraint is None else asdict(message.constraint)
+    elif isinstance(message, Tokens):
+        said["tokens"] = [(token.id, token.logprob, token.top) for token in message.tokens]
     body = json.dumps([type(message).__name__, said], separators=(",", ":")).encode()
     if len(body) > _MOST_JSON_BYTES or len(payload) > _MOST_PAYLOAD_BYTES:
         raise WireError(f"a message of {len(body):,} + {len(payload):,} bytes is larger than frames may be")
@@ -282,10 +284,7 @@ def _job(kind: str, said: dict[str, Any], payload: bytes) -> Job:
 
 
 def _tokens(kind: str, said: dict[str, Any], payload: bytes) -> Tokens:
-    tokens = tuple(
-        Token(one["id"], one["logprob"], tuple((token, logprob) for token, logprob in one["top"]))
-        for one in said["tokens"]
-    )
+    tokens = tuple(Token(number, logprob, tuple(map(tuple, top))) for number, logprob, top in said["tokens"])
     return Tokens(said["id"], tokens)
 
 
