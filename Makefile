@@ -26,7 +26,7 @@ $(STAMP): $(BUILT_FROM)
 	CXX="$(CXX)" $(BIN)/python -m pip install -c constraints.txt -e '.[test]'
 	@touch $@
 
-run: env ## read a document with the model that ships with tenfold
+run: env ## hide facts in a long text and let the embedded model find them
 	$(BIN)/tenfold demo
 
 lint: env ## style and types

@@ -44,7 +44,8 @@ def test_shown_commands_parse(command: str) -> None:
     words = shlex.split(command)[1:]
     outcome = CliRunner().invoke(app, [*words, "--help"])
     assert outcome.exit_code == 0, outcome.output
-    verb = words[:2] if words[0] in ("bench", "store") else [next(word for word in words if not word.startswith("-"))]
+    grouped = words[0] in ("bench", "eval", "store")
+    verb = words[:2] if grouped else [next(word for word in words if not word.startswith("-"))]
     for option in (word for word in words if word.startswith("--")):
         known = CliRunner().invoke(app, [*verb, "--help"], terminal_width=200).stdout
         assert option in known, option

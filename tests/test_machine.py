@@ -173,3 +173,24 @@ def test_threads_are_physical_cores_unless_told() -> None:
     for wanted in (0, 9):
         with pytest.raises(UsageError, match=f"threads is {wanted}, expected 1 to 8"):
             found.threads(wanted)
+
+
+def test_the_peak_begins_anew_where_the_system_lets_it(root: Path) -> None:
+    write(root / "proc/self/status", "VmHWM:\t  2048 kB\nVmRSS:\t 1024 kB\n")
+    assert machine.peak_bytes(root=root) == 2 << 20
+    assert machine.restart_peak(root=root)
+    assert (root / "proc/self/clear_refs").read_text() == "5"
+    assert not machine.restart_peak(root=root / "absent")
+    assert machine.peak_bytes(root=root / "absent") is None
+
+
+def test_the_peak_of_this_process_rises_with_what_it_takes() -> None:
+    if not machine.restart_peak():
+        pytest.skip("this system does not forget peaks")
+    before = machine.peak_bytes() or 0
+    taken = bytearray(b"x" * (64 << 20))
+    after = machine.peak_bytes() or 0
+    assert after - before >= len(taken)
+    del taken
+    machine.restart_peak()
+    assert (machine.peak_bytes() or 0) < after

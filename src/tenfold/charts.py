@@ -1,4 +1,4 @@
-"""Line and bar charts with logarithmic axes, as SVG or PNG, legible on light and on dark ground.
+"""Line charts with logarithmic axes, bars and heat-maps, as SVG or PNG, legible on light and on dark ground.
 
 A chart is data (`Chart`); drawing it needs no package for SVG, Pillow for PNG. Knows nothing of models but in
 `comparison`, which says what is drawn of them.
@@ -19,7 +19,7 @@ from tenfold.planner.memory import kv_bytes
 from tenfold.planner.prices import launch_price
 from tenfold.planner.work import FP8_EQUIVALENT, by_component, step_work, total_flops
 
-__all__ = ["Bars", "Chart", "Lines", "comparison", "svg", "write"]
+__all__ = ["Bars", "Chart", "Heat", "Lines", "check_name", "comparison", "svg", "tokens_text", "write"]
 
 COLOURS = ("#8a8f98", "#0b84a5", "#e07a1f", "#6f4e9c", "#3f9b4f", "#c2415d", "#b59b00", "#4a6fd1", "#00a08a")
 """Of middling lightness, so that each stands out from white and from black alike."""
@@ -49,7 +49,18 @@ class Bars:
     shares: bool = True
 
 
-Chart = Lines | Bars
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """Shares from 0 to 1 over two named axes, the first row on top; None where nothing is known."""
+
+    title: str
+    x_label: str
+    y_label: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+
+
+Chart = Lines | Bars | Heat
 
 
 def comparison(models: Sequence[Compared], context: int) -> list[Chart]:
@@ -96,13 +107,17 @@ def _grouped(flops: dict[str, float]) -> list[tuple[str, float]]:
     return list(found.items())
 
 
+def check_name(path: Path) -> None:
+    """An InputError for a file that `write` would refuse by its name: said before anything is measured."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise InputError(f"{path.name!r} ends neither in .svg nor in .png; name the file {path.stem or 'chart'}.svg")
+
+
 def write(charts: Sequence[Chart], path: Path) -> None:
     """All charts below one another into one .svg or .png file."""
-    suffix = path.suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise InputError(f"{path.name!r} ends neither in .svg nor in .png; name the file {path.stem or 'chart'}.svg")
+    check_name(path)
     try:
-        if suffix == ".svg":
+        if path.suffix.lower() == ".svg":
             path.write_text(svg(charts), encoding="utf-8")
         else:
             _write_png(charts, path)
@@ -130,7 +145,8 @@ class _Mark:
 
 def _marks(chart: Chart) -> list[_Mark]:
     title = _Mark("words", ((_LEFT - 58, 22),), weight=2, text=chart.title)
-    return [title, *(_lines(chart) if isinstance(chart, Lines) else _bars(chart))]
+    draw: dict[type[Chart], Callable[[Any], list[_Mark]]] = {Lines: _lines, Bars: _bars, Heat: _heat}
+    return [title, *draw[type(chart)](chart)]
 
 
 def _lines(chart: Lines) -> list[_Mark]:
@@ -154,7 +170,7 @@ def _lines(chart: Lines) -> list[_Mark]:
     for x in chart.x:
         foot = place(x, 10.0 ** y_decades[0])
         marks.append(_Mark("line", (foot, (foot[0], foot[1] + 4))))
-        marks.append(_Mark("words", ((foot[0], foot[1] + 17),), text=_tokens(x), anchor="middle"))
+        marks.append(_Mark("words", ((foot[0], foot[1] + 17),), text=tokens_text(x), anchor="middle"))
     for i, (_, values) in enumerate(chart.curves):
         points = tuple(place(x, y) for x, y in zip(chart.x, values, strict=True) if y is not None)
         marks.append(_Mark("line", points, COLOURS[i % len(COLOURS)], 2.5))
@@ -191,8 +207,46 @@ def _bars(chart: Bars) -> list[_Mark]:
     return marks + _legend(names, 1)
 
 
+_RAMP = ((0x7F, 0x27, 0x04), (0xF5, 0xA3, 0x5A), (0xB7, 0xE4, 0xC7))
+"""The colours of 0, one half and 1: ever lighter, for eyes that see no hues."""
+_NOTHING = COLOURS[0]
+
+
+def _heat(chart: Heat) -> list[_Mark]:
+    wide = (WIDTH - _LEFT - _RIGHT) / len(chart.columns)
+    tall = (HEIGHT - _TOP - _BOTTOM) / len(chart.rows)
+    marks = []
+    for i, (name, values) in enumerate(chart.rows):
+        top = _TOP + tall * i
+        marks.append(_Mark("words", ((_LEFT - 6, top + tall / 2 + 4),), text=name, anchor="end"))
+        for j, value in enumerate(values):
+            left = _LEFT + wide * j
+            corners = ((left + 1, top + 1), (left + wide - 1, top + tall - 1))
+            marks.append(_Mark("box", corners, _NOTHING if value is None else _blended(value)))
+            if value is not None and tall >= 12:
+                middle = ((left + wide / 2, top + tall / 2 + 4),)
+                colour = "#ffffff" if value < 0.25 else "#000000"
+                marks.append(_Mark("words", middle, colour, text=f"{100 * value:.0f}", anchor="middle"))
+    for j, name in enumerate(chart.columns):
+        place = ((_LEFT + wide * (j + 0.5), HEIGHT - _BOTTOM + 17),)
+        marks.append(_Mark("words", place, text=name, anchor="middle"))
+    marks.append(_Mark("words", ((WIDTH - _RIGHT, HEIGHT - 32),), text=chart.x_label, anchor="end"))
+    marks.append(_Mark("words", ((_LEFT - 58, HEIGHT - 32),), text=chart.y_label))
+    return marks
+
+
+def _blended(share: float) -> str:
+    """The colour of a share, between its neighbours of the ramp."""
+    place = share * (len(_RAMP) - 1)
+    low = min(int(place), len(_RAMP) - 2)
+    parts = (round(a + (place - low) * (b - a)) for a, b in zip(_RAMP[low], _RAMP[low + 1], strict=True))
+    return "#" + "".join(f"{part:02x}" for part in parts)
+
+
 def _rounded_up(value: float) -> float:
-    """The top of a linear axis: 1, 2, 4 or 8 times a power of ten."""
+    """The top of a linear axis: 1, 2, 4 or 8 times a power of ten; 1 where nothing is above 0."""
+    if value <= 0:
+        return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value)
 
@@ -208,9 +262,12 @@ def _legend(names: Sequence[str], first: int = 0) -> list[_Mark]:
     return marks
 
 
-def _tokens(x: float) -> str:
+def tokens_text(x: float) -> str:
+    """A length as its axis names it: 64K, 1M for 1,000,000 as well as for 1,048,576."""
     million = 1e6 if x % 1e6 == 0 else 1 << 20
-    return f"{x / million:.3g}M" if x >= 1e6 else f"{x / 1024:g}K"
+    if x < 1e6:
+        return f"{x / 1024:g}K" if x % 1024 == 0 else f"{x:,g}"
+    return f"{x / million:.3g}M"
 
 
 def _amount(value: float, unit: str) -> str:
@@ -245,7 +302,10 @@ def svg(charts: Sequence[Chart], *, ground: bool = True) -> str:
 def _svg_mark(mark: _Mark) -> str:
     if mark.kind == "words":
         (x, y), title = mark.points[0], ' class="title"' if mark.weight > 1 else ""
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{mark.anchor}"{title}>{escape(mark.text)}</text>'
+        fill = (
+            "" if mark.colour == "ink" else f' style="fill:{mark.colour}"'
+        )  # an attribute would lose against the style
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{mark.anchor}"{title}{fill}>{escape(mark.text)}</text>'
     if mark.kind == "box":
         (left, top), (right, bottom) = mark.points
         size = f'width="{right - left:.1f}" height="{bottom - top:.1f}"'
@@ -276,7 +336,7 @@ def _write_png(charts: Sequence[Chart], path: Path) -> None:
             colour = _PNG_INK.get(mark.colour, mark.colour)
             if mark.kind == "words":
                 anchor = {"start": "ls", "middle": "ms", "end": "rs"}[mark.anchor]
-                draw.text(points[0], mark.text, fill=_PNG_INK["ink"], font=fonts[mark.weight > 1], anchor=anchor)
+                draw.text(points[0], mark.text, fill=colour, font=fonts[mark.weight > 1], anchor=anchor)
             elif mark.kind == "box":
                 draw.rectangle([*points[0], *points[1]], fill=colour)
             else:

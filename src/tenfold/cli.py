@@ -33,6 +33,8 @@ app = typer.Typer(
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a model on this machine.")
 app.add_typer(bench_app, name="bench")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure what a model can do.")
+app.add_typer(eval_app, name="eval")
 store_app = typer.Typer(no_args_is_help=True, help="Look after the contexts kept on disk.")
 app.add_typer(store_app, name="store")
 
@@ -357,19 +359,37 @@ def synth(
 @app.command()
 @reported
 def demo(
-    file: Annotated[Path | None, typer.Option(help="A text of your own instead of the embedded one.")] = None,
-    max_tokens: MaxTokens = 80,
-    seed: Annotated[int, typer.Option()] = 1,
+    context: Annotated[str, typer.Option(help="Tokens to read: 128K, 1M, 1Mi.")] = "128K",
+    model: Annotated[str | None, typer.Option(help="Who reads: an embedded model (tiny-v4-flash) or a folder.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Let every embedded model read.")] = False,
+    needles: Annotated[int, typer.Option(help="Facts to hide.")] = 10,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text and facts.")] = 1,
+    text: Annotated[Path | None, typer.Option(help="A text of your own to hide them in.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures to FILE.svg or FILE.png.")] = None,
+    memory: Memory = None,
     threads: Threads = None,
+    store: StoreFolder = None,
+    no_store: NoStore = False,
     as_json: Json = False,
 ) -> None:
-    """Read a real document with the embedded V4 model, go on with it, and compare with V3.2's architecture."""
+    """Hide facts in a long text, let an embedded model read it and find them; memory and work beside V3.2's."""
+    from tenfold import charts, talk
     from tenfold import demo as showing
+    from tenfold.demo import table
+    from tenfold.planner.prices import parse_tokens
 
-    text = None if file is None else _read_file(file)
-    found = showing.show(text, max_tokens=max_tokens, seed=seed, quiet=as_json, threads=threads)
-    if as_json:
-        _print_json(found)
+    if plot is not None:
+        charts.check_name(plot)
+    models, beside = showing.chosen(model, every)
+    words = None if text is None else _read_file(text)
+    tokens, kept = parse_tokens(context), talk.open_store(store, no_store, None)
+    task = showing.Task(tokens, needles, seed, words, kept, memory, threads)
+    if not as_json:
+        table.introduce(task, "the SQLite documentation" if text is None else str(text))
+    found = showing.show(models, beside, task)
+    if plot is not None:
+        table.draw(found, plot)
+    _print_json(found) if as_json else table.show(found)
 
 
 @bench_app.command("context")
@@ -411,6 +431,35 @@ def bench_context(
         bench_views.draw(found, plot)
     if as_json:
         _print_json({model: [one.report() for one in frontiers] for model, frontiers in found.items()})
+
+
+@eval_app.command("needle")
+@reported
+def eval_needle(
+    model: Annotated[str | None, typer.Argument(help="Folder, embedded model, or a model's name at the URL.")] = None,
+    endpoint: Annotated[str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server to ask.")] = None,
+    api: Annotated[str, typer.Option(help="With --endpoint: chat or completions.")] = "chat",
+    api_key: Annotated[str | None, typer.Option(envvar="TENFOLD_API_KEY", help="With --endpoint.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens, such as 1K,128K,1M.")] = "1K,4K,16K,64K,256K,1M",
+    depths: Annotated[int, typer.Option(help="Bands of depth.")] = 10,
+    per_cell: Annotated[int, typer.Option(help="Facts in each band at each length.")] = 10,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts and facts.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="A text of your own to hide them in.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep all answers in FILE; a second start goes on.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a heat-map to FILE.svg or FILE.png.")] = None,
+    backend: Backend = "auto",
+    numerics: Numerics = "deployed",
+    memory: Memory = None,
+    threads: Threads = None,
+    store: Annotated[Path | None, typer.Option(help="A store to keep what is read in (default: none).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hide facts at all depths of texts of growing length, ask for each: a grid of how many are found."""
+    from tenfold import needle_cli
+
+    asked = needle_cli.Asked(model, endpoint, api, api_key, backend, numerics, memory, threads, store)
+    words = None if text is None else _read_file(text)
+    needle_cli.evaluate(asked, lengths, (depths, per_cell, seed), words, out, plot, as_json)
 
 
 @store_app.command("list")

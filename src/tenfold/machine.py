@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tenfold.errors import UsageError
 
-__all__ = ["Gpu", "Machine", "anonymous_bytes", "this_machine"]
+__all__ = ["Gpu", "Machine", "anonymous_bytes", "peak_bytes", "restart_peak", "this_machine"]
 
 _ROOT = Path("/")
 _GPU_TIMEOUT_S = 2.0
@@ -86,6 +86,21 @@ def anonymous_bytes(*, root: Path = _ROOT) -> int:
     """Memory of this process that is its own: what is resident less the pages of mapped files; 0 where unknown."""
     fields = _read_fields(root / "proc/self/status")
     return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem") if name in fields)
+
+
+def restart_peak(*, root: Path = _ROOT) -> bool:
+    """Lets `peak_bytes` begin anew at what is resident now; False where the system cannot do that."""
+    try:
+        (root / "proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(*, root: Path = _ROOT) -> int | None:
+    """The most memory of this process that was ever resident, pages of mapped files included; None where unknown."""
+    value = _read_fields(root / "proc/self/status").get("VmHWM")
+    return None if value is None else _kib(value)
 
 
 def _read_fields(path: Path) -> dict[str, str]:

@@ -1,161 +1,182 @@
-"""The first thing a newcomer sees: the embedded V4 model reads a real document, beside V3.2's architecture.
+"""What tenfold is for, on any laptop: embedded models find facts in a long text, and what that costs each of them.
 
-The V4 model is trained; its V3.2 twin of the same width is random, since only its bytes and seconds are looked at.
+The models that are asked read a haystack; others stand beside them for comparison: their memory filled with random
+rows, so that only bytes and the speed at that depth are measured. `table` shows what `show` finds.
 """
 
 from __future__ import annotations
 
-import math
-import tempfile
-from dataclasses import dataclass
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tenfold import config as configuration
-from tenfold import terminal
-from tenfold.chat import Parser, Profile
-from tenfold.chat_v32 import BOS
-from tenfold.completion import Completion, load_tokenizer
-from tenfold.config import DeepseekV4Config, ModelConfig
+from tenfold import needle, retrieval, terminal
+from tenfold.config import EMBEDDED, DeepseekV4Config, ModelConfig
+from tenfold.contexts import pretend
+from tenfold.demo.twin import TWIN, v32_twin, written_twin
 from tenfold.engine import Engine, Session
-from tenfold.haystack import embedded_document
-from tenfold.sampler import SamplingParams
-from tenfold.synth import synth
+from tenfold.errors import UsageError
+from tenfold.haystack import Needle, Straw, build, embedded_document, evenly
+from tenfold.machine import peak_bytes, restart_peak
+from tenfold.planner import step_work
+from tenfold.planner.work import RAW, total_flops
+from tenfold.store import Store
 
-__all__ = ["MODEL", "embedded_document", "show", "v32_twin"]
+__all__ = ["MODEL", "Column", "Task", "chosen", "embedded_document", "show", "v32_twin"]
 
 MODEL = "tiny-v4-flash"
-_PIECE_TOKENS = 2048
+_SAMPLE_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What reading one document took."""
+class Task:
+    """What every model is asked: a haystack of `context` tokens with `needles` facts."""
+
+    context: int
+    needles: int
+    seed: int
+    text: str | None = None
+    store: Store | None = None
+    memory: str | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One model's figures. Of a model that did not read, only some tokens behind random rows are timed: `answers`,
+    `right` and `seconds` are None. `flops` is what reading all of it takes, twice the multiply-adds."""
 
     model: str
     tokens: int
-    seconds: float
+    stored_tokens: int
+    answers: tuple[str, ...] | None
+    right: tuple[bool, ...] | None
+    seconds: float | None
+    answer_seconds: float | None
+    tokens_per_s: float | None
+    peak_bytes: int | None
     kv_bytes: dict[str, int]
     kv_bytes_per_token: float
-    nats: float
+    flops: float
+
+    def report(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        found = None if self.right is None else sum(self.right)
+        return {**asdict(self), "found": found, "kv_bytes_total": sum(self.kv_bytes.values())}
 
 
-def show(text: str | None, *, max_tokens: int, seed: int, quiet: bool, threads: int | None = None) -> dict[str, Any]:
-    """Reads `text` (default: the embedded document), goes on with it, and returns all figures; prints unless quiet."""
-    document = embedded_document() if text is None else text
-    engine = Engine.load(MODEL, threads=threads)
-    tokenizer = load_tokenizer(configuration.locate(MODEL), engine)
-    bos = tokenizer.token_to_id(BOS)
-    ids = [*([] if bos is None else [bos]), *tokenizer.encode(document)]
-    session = engine.session()
-    if not quiet:
-        _introduce(document, ids, engine)
-    v4 = _read(MODEL, session, ids)
-    # The document ends where a new one may begin: without its end mark the model goes on with this one.
-    bias = dict.fromkeys(engine.config.eos_token_id, -100.0)
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=0.7, top_p=0.95, logit_bias=bias)
-    completion = Completion(session, tokenizer, Parser(Profile.PLAIN), params)
-    continuation = "".join(event.text for event in completion)
-    if not quiet:
-        terminal.out.print(f"... {document[-200:]}", style="dim", markup=False, soft_wrap=True)
-        terminal.out.print(continuation, style="bold", markup=False, soft_wrap=True)
-    v32 = _read_with_twin(engine.config, ids)
-    found = _figures(document, v4, v32, continuation)
-    if not quiet:
-        _show_figures(found)
-    return found
+def chosen(model: str | None, every: bool) -> tuple[list[str], list[str]]:
+    """The models that read, and those that are measured beside them."""
+    if every:
+        if model is not None:
+            raise UsageError(f"--all reads with every embedded model, {', '.join(EMBEDDED)}; leave --model away")
+        return list(EMBEDDED), []
+    name = model or MODEL
+    return [name], [other for other in EMBEDDED if other != name] if name in EMBEDDED else []
 
 
-def _introduce(document: str, ids: list[int], engine: Engine) -> None:
-    terminal.talk.print(
-        f"{MODEL}: a small network of V4-Flash's architecture, trained from scratch; see its README for what it is.\n"
-        f"The document has {len(document.encode()):,} bytes, {len(ids):,} tokens; backend {engine.backend}.",
-        soft_wrap=True,
-    )
+def show(models: Sequence[str], beside: Sequence[str], task: Task) -> dict[str, Any]:
+    """Lets `models` read and answer, measures those `beside` them, and returns all figures as JSON.
 
-
-def _read(name: str, session: Session, ids: list[int]) -> Reading:
-    """Feeds the document in pieces and scores each token by the logits before it."""
-    nats, before = 0.0, None
-    with terminal.reading(len(ids), f"{name:<14}") as clock:
-        for start in range(0, len(ids), _PIECE_TOKENS):
-            piece = ids[start : start + _PIECE_TOKENS]
-            logits = session.feed(piece, logits="all")
-            predictions = logits[:-1] if before is None else torch.cat([before[None], logits[:-1]])
-            targets = torch.tensor(piece[1:] if before is None else piece)
-            nats += float(torch.nn.functional.cross_entropy(predictions, targets, reduction="sum"))
-            before = logits[-1]
-            clock.advance(start + len(piece))
-    per_token = session.engine.config.kv_bytes_per_token
-    return Reading(name, len(ids), clock.elapsed_s, session.kv_bytes(), per_token, nats)
-
-
-def _read_with_twin(config: ModelConfig, ids: list[int]) -> Reading:
-    assert isinstance(config, DeepseekV4Config)
-    with tempfile.TemporaryDirectory(prefix="tenfold-") as folder:
-        synth(configuration.parse(v32_twin(config)), Path(folder) / "twin")
-        return _read("V3.2 twin", Engine.load(Path(folder) / "twin").session(), ids)
-
-
-def v32_twin(config: DeepseekV4Config) -> dict[str, Any]:
-    """The config.json of a V3.2 network of the same width, in V3.2's own proportions to V4-Flash."""
-    published = configuration.preset("v3.2").raw
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "index_n_heads",
-            "qk_rope_head_dim", "index_head_dim", "moe_intermediate_size", "n_routed_experts", "n_shared_experts",
-            "num_experts_per_tok", "max_position_embeddings")  # fmt: skip
+    Where an embedded V4 model has no V3.2 beside it, a random twin takes that place.
+    """
+    columns: list[Column] = []
+    needles: tuple[Needle, ...] = ()
+    ids: list[int] = []
+    for name in models:
+        column, needles, ids = _read(name, task)
+        columns.append(column)
+    for name in beside:
+        columns.append(_sampled(name, configuration.locate(name), task, ids))
+    architectures = {type(configuration.load(name)) for name in (*models, *beside)}
+    if models[0] in EMBEDDED and architectures == {DeepseekV4Config}:
+        with written_twin(models[0]) as folder:
+            columns.append(_sampled(TWIN, folder, task, ids))
+    columns.sort(key=lambda column: -column.kv_bytes_per_token)
     return {
-        **published,
-        **{name: getattr(config, name) for name in same},
-        "num_key_value_heads": config.num_attention_heads,
-        "kv_lora_rank": config.head_dim,
-        "qk_nope_head_dim": config.head_dim // 4,
-        "v_head_dim": config.head_dim // 4,
-        "index_topk": 4 * config.index_topk,
-        "intermediate_size": config.moe_intermediate_size * (config.num_experts_per_tok + 1),
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_nextn_predict_layers": 0,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_id),
+        "context": task.context,
+        "seed": task.seed,
+        "needles": [{**asdict(one.fact), "depth": round(one.depth, 4)} for one in needles],
+        "models": {column.model: column.report() for column in columns},
     }
 
 
-def _figures(document: str, v4: Reading, v32: Reading, continuation: str) -> dict[str, Any]:
-    columns = {
-        reading.model: {
-            "tokens": reading.tokens,
-            "seconds": round(reading.seconds, 2),
-            "tokens_per_s": round(reading.tokens / reading.seconds, 1),
-            "kv_bytes": reading.kv_bytes,
-            "kv_bytes_total": sum(reading.kv_bytes.values()),
-            "kv_bytes_per_token": reading.kv_bytes_per_token,
-        }
-        for reading in (v4, v32)
-    }
-    bits = v4.nats / math.log(2) / len(document.encode())
-    return {"bits_per_byte": round(bits, 4), "continuation": continuation, "models": columns}
+def _read(name: str, task: Task) -> tuple[Column, tuple[Needle, ...], list[int]]:
+    """Its figures, what was hidden where, and the ids that it read."""
+    with _own_peak() as peak:
+        reader = retrieval.open_reader(name, memory=task.memory, threads=task.threads, store=task.store)
+        facts = needle.facts(task.seed, task.needles)
+        straw = Straw(embedded_document() if task.text is None else task.text, reader.encode)
+        plant = list(zip(facts, evenly(len(facts)), strict=True))
+        haystack = build(straw, reader.room_for(task.context, facts), plant, task.seed)
+        ids = reader.prompt(haystack)
+        with terminal.reading(len(ids), f"{reader.name:<14}") as clock:
+            answers = reader.ask(haystack, clock)
+        read = answers.tokens - answers.stored
+        column = Column(
+            model=reader.name,
+            tokens=answers.tokens,
+            stored_tokens=answers.stored,
+            answers=answers.texts,
+            right=tuple(needle.is_right(fact, text) for fact, text in zip(facts, answers.texts, strict=True)),
+            seconds=round(answers.read_s, 3),
+            answer_seconds=round(answers.answer_s, 3),
+            tokens_per_s=round(read / answers.read_s, 1) if read else None,
+            peak_bytes=peak(),
+            kv_bytes=reader.session.kv_bytes(),
+            kv_bytes_per_token=reader.engine.config.kv_bytes_per_token,
+            flops=_flops(reader.engine.config, answers.tokens, reader.session.need.chunk_tokens),
+        )
+        return column, haystack.needles, ids
 
 
-def _show_figures(found: dict[str, Any]) -> None:
-    models = found["models"]
-    names = list(models)
-    components = sorted({part for figures in models.values() for part in figures["kv_bytes"]})
-    rows = [
-        ("tokens read", *(f"{models[name]['tokens']:,}" for name in names)),
-        ("seconds", *(f"{models[name]['seconds']:,.1f}" for name in names)),
-        ("tokens/s", *(f"{models[name]['tokens_per_s']:,.0f}" for name in names)),
-        *((f"KV {part}", *(f"{models[name]['kv_bytes'].get(part, 0):,}" for name in names)) for part in components),
-        ("KV bytes, all", *(f"{models[name]['kv_bytes_total']:,}" for name in names)),
-        ("KV per further token", *(f"{models[name]['kv_bytes_per_token']:,.1f}" for name in names)),
-    ]
-    terminal.out.print(terminal.table("", ("", *names), rows))
-    v4, v32 = (models[name] for name in names)
-    share = v4["kv_bytes_total"] / v32["kv_bytes_total"]
-    terminal.out.print(
-        f"V4's memory of the document is {share:.1%} of V3.2's. The model predicted the document at "
-        f"{found['bits_per_byte']:.3f} bits per byte. The twin is random: only its bytes and seconds mean anything.",
-        soft_wrap=True,
-    )
+def _sampled(name: str, folder: Path, task: Task, ids: Sequence[int]) -> Column:
+    """As if it had read all but the last tokens of `ids`, which are timed."""
+    with _own_peak() as peak:
+        engine = Engine.load(folder, memory=task.memory, threads=task.threads)
+        session = engine.session(len(ids))
+        last = ids[-_SAMPLE_TOKENS:]
+        with terminal.reading(len(last), f"{name:<14}") as clock:
+            seconds = _feed_behind(session, len(ids) - len(last), last)
+            clock.advance(len(last))
+        return Column(
+            model=name,
+            tokens=len(ids),
+            stored_tokens=0,
+            answers=None,
+            right=None,
+            seconds=None,
+            answer_seconds=None,
+            tokens_per_s=round(len(last) / seconds, 1),
+            peak_bytes=peak(),
+            kv_bytes=session.kv_bytes(),
+            kv_bytes_per_token=engine.config.kv_bytes_per_token,
+            flops=_flops(engine.config, len(ids), session.need.chunk_tokens),
+        )
+
+
+def _feed_behind(session: Session, length: int, ids: Sequence[int]) -> float:
+    if length:
+        pretend(session, length)
+    vocab = session.engine.config.vocab_size
+    began = time.perf_counter()
+    session.feed([token % vocab for token in ids])
+    return time.perf_counter() - began
+
+
+def _flops(config: ModelConfig, tokens: int, chunk_tokens: int) -> float:
+    """Those of a read from the start, by the formulas that equal the engine's counters; the head runs once a chunk."""
+    return total_flops(step_work(config, 0, tokens, num_logits=-(-tokens // chunk_tokens)), RAW)
+
+
+@contextmanager
+def _own_peak() -> Iterator[Callable[[], int | None]]:
+    """What it gives tells the peak memory within the block: what models before held is gone. None where unknown."""
+    gc.collect()
+    known = restart_peak()
+    yield lambda: peak_bytes() if known else None
