@@ -52,6 +52,7 @@ def evaluate(
     if plot is not None:
         charts.check_name(plot)
     reader = _reader(asked)
+    reader.room_for(wanted.lengths[-1], [])  # too long a text is refused before a shorter one is read
     straw_text = embedded_document() if text is None else text
     about = {
         "model": reader.name,
