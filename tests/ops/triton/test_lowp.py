@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+import triton
+import triton.language as tl
 
-triton = pytest.importorskip("triton")
-
-import triton.language as tl  # noqa: E402
-
-from tenfold.ops import reference  # noqa: E402
-from tenfold.ops.triton.lowp import (  # noqa: E402
+from tenfold.ops import reference
+from tenfold.ops.triton.lowp import (
     e2m1,
     e2m1_code,
     e4m3,

@@ -10,8 +10,6 @@ import torch
 from tenfold import ops
 from tenfold.errors import BackendMissing
 
-pytest.importorskip("triton")
-
 
 def test_without_a_gpu_it_is_an_error_that_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -15,9 +15,13 @@ What the files agree on:
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from tenfold.ops import Weight
+import torch
+from torch import Tensor
+
+from tenfold.ops import Weight, reference
+from tenfold.ops.triton import compress, experts, hyper, linear, route, rows
 from tenfold.ops.triton.lowp import INTERPRET
 
 __all__ = ["Triton"]
@@ -26,11 +30,42 @@ __all__ = ["Triton"]
 class Triton:
     """The operations on one device. `exact` multiplies activations unrounded."""
 
+    embed = staticmethod(compress.embed)
+    rms_norm = staticmethod(rows.rms_norm)
+    layer_norm = staticmethod(rows.layer_norm)
+    rope = staticmethod(rows.rope)
+    norm_rope = staticmethod(rows.norm_rope)
+    norm_rope_pack = staticmethod(rows.norm_rope_pack)
+    rope_round = staticmethod(rows.rope_round)
+    hadamard = staticmethod(rows.hadamard)
+    pack_rows = staticmethod(rows.pack_rows)
+    unpack_rows = staticmethod(rows.unpack_rows)
+    hc_mix = staticmethod(hyper.hc_mix)
+    hc_merge = staticmethod(hyper.hc_merge)
+    hc_collapse = staticmethod(hyper.hc_collapse)
+    compress = staticmethod(compress.compress)
+    route = staticmethod(route.route)
+
     def __init__(self, *, exact: bool) -> None:
-        self.device = torch.device("cpu" if INTERPRET else "cuda")
-        self.parts = 3 if exact else 1
+        self.device = torch.device("cpu" if INTERPRET.value else "cuda")
+        parts = 3 if exact else 1
+        self.linear = partial(linear.linear, parts=parts)
+        self.linear_each = partial(linear.linear_each, parts=parts)
+        self.grouped_linear = partial(linear.grouped_linear, parts=parts)
+        self.experts = partial(experts.experts, parts=parts)
+        self.feed_forward = partial(experts.feed_forward, parts=parts)
 
     def prepare(self, weight: Weight, resident: bool) -> Weight:
         """The weight as it is stored, on the device."""
-        scale = None if weight.scale is None else weight.scale.to(self.device)
-        return Weight(weight.name, weight.shape, weight.format, weight.data.to(self.device), scale)
+        return _moved(weight, self.device)
+
+    def dequantize(self, weight: Weight) -> Tensor:
+        """Only models being built ask for it, so the reference does it, on the CPU."""
+        return reference.dequantize(_moved(weight, torch.device("cpu"))).to(weight.data.device)
+
+
+def _moved(weight: Weight, device: torch.device) -> Weight:
+    if weight.data.device.type == device.type:
+        return weight
+    scale = None if weight.scale is None else weight.scale.to(device)
+    return Weight(weight.name, weight.shape, weight.format, weight.data.to(device), scale)

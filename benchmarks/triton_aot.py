@@ -1,0 +1,265 @@
+"""Compiles the GPU kernels at V4-Flash's widths for Ampere to Blackwell, without a GPU, and reads the machine code.
+
+For each kernel and architecture: registers, stack (spills), shared memory and matrix instructions, to
+results/triton-aot.csv. `--kernel` and `--arch` choose some; `--json` prints instead of recording.
+Says nothing of speed, and nothing of a kernel's results: those the interpreter checks (tests/ops/triton).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before anything imports triton
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tenfold.ops.triton import compress, experts, hyper, linear, route, rows
+
+RESULTS = Path(__file__).parent / "results" / "triton-aot.csv"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHS = (80, 89, 90, 100, 120)
+SHARED_LIMIT_KB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory a block may have, by architecture."""
+MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "QMMA", "OMMA")
+
+HIDDEN, INNER, EXPERTS, TOPK, LATENT, HEAD = 4096, 2048, 256, 6, 1024, 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it would be launched: types of its arguments, its constants, warps and stages."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out; `matrix` counts matrix instructions, `wide_loads` those of 16 bytes among the global loads."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    matrix: str
+    wide_loads: int
+    loads: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", default="", help="only kernels with this in their name")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS)
+    parser.add_argument("--json", action="store_true")
+    chosen = parser.parse_args()
+    found = []
+    for case in cases():
+        for arch in chosen.arch if chosen.kernel in case.name else ():
+            found.append(compiled(case, arch))
+            print(found[-1], file=sys.stderr, flush=True)
+    if chosen.json:
+        print(json.dumps([asdict(one) for one in found]))
+        return
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Compiled)])
+        writer.writeheader()
+        writer.writerows(asdict(one) for one in found)
+
+
+# ---------------------------------------------------------------------------------------------- what is compiled
+
+
+def cases() -> Iterator[Case]:
+    yield from linear_cases()
+    yield from expert_cases()
+    yield from other_cases()
+
+
+def linear_cases() -> Iterator[Case]:
+    types = {"x": "*fp32", "codes": "*u8", "scale": "*u8", "out": "*fp32", "n": "i32", "N": "i32"}
+    stored = {"f32": ("*fp32", "*fp32"), "bf16": ("*bf16", "*bf16"), "fp8": ("*u8", "*u8"),
+              "fp8-f32scale": ("*u8", "*fp32"), "mxfp4": ("*u8", "*u8")}  # fmt: skip
+    for n, parts in ((1, 1), (1, 3), (33, 1), (4096, 1)):
+        t = linear.tiles(n, HIDDEN)
+        for form, (name, (codes, scale)) in enumerate(stored.items()):
+            given = types | {"codes": codes, "scale": scale}
+            if n > 16 and name != "f32":
+                given |= {"x": "*bf16"}
+            constants = {"GROUPS": 1, "K": HIDDEN, "FORMAT": form, "PARTS": parts, **sizes(t)}
+            yield Case(f"linear {name}, {n} rows, {parts} parts", linear.linear_kernel, given, constants, **t.options)
+        types_each = {"x": "*fp32" if n == 1 else "*bf16", "table": "*i64", "out": "*fp32", "n": "i32"}
+        constants = {"COUNT": 8, "K": HIDDEN, "FORMATS": 2 | 4, "PARTS": parts, **sizes(t)}
+        name = f"linear_each fp8 and bf16, {n} rows, {parts} parts"
+        yield Case(name, linear.linear_each_kernel, types_each, constants, **t.options)
+
+
+def expert_cases() -> Iterator[Case]:
+    pointers = {"x": "*fp32", "weights": "*fp32", "table": "*i64", "order": "*i32", "blocks": "*i32", "out": "*bf16"}
+    numbers = dict.fromkeys(("n", "num_blocks", "inner", "shared_inner", "hidden"), "i32") | {"limit": "fp32"}
+    shared = {"shared_table": "*i64", "shared_out": "*bf16"}
+    fp8, mxfp4 = linear.AS_FP8.value, linear.AS_MXFP4.value
+    for rows_each in (1, 33, 96):
+        t = linear.tiles(rows_each, HIDDEN)
+        types = pointers | numbers | shared | ({} if rows_each == 1 else {"x": "*bf16"})
+        constants = {"TOPK": TOPK, "K": HIDDEN, "LIMITED": True, "PARTS": 1, "FORMAT": mxfp4, "SHARED_FORMAT": fp8}
+        yield Case(
+            f"gate_up, {rows_each} rows an expert", experts.gate_up_kernel, types, constants | sizes(t), **t.options
+        )
+        types = types | {"gated": "*bf16", "shared_gated": "*bf16", "out": "*fp32", "shared_out": "*fp32"}
+        constants = {"K": INNER, "SHARED_K": INNER, "PARTS": 1, "FORMAT": mxfp4, "SHARED_FORMAT": fp8}
+        yield Case(f"down, {rows_each} rows an expert", experts.down_kernel, types, constants | sizes(t), **t.options)
+    types = {"ids": "*i64", "counts": "*i32", "order": "*i32", "blocks": "*i32", "pairs": "i32", "num_blocks": "i32"}
+    bins = {"EXPERTS": EXPERTS, "BINS": 2 * EXPERTS, "CHUNK": 256}
+    for alone in (True, False):
+        name = "plan, one chunk" if alone else "plan, many chunks"
+        yield Case(name, experts.plan_kernel, types, bins | {"BM": 16, "ALONE": alone, "SLAB": 32})
+    yield Case("plan, counts", experts.count_kernel, types, bins)
+    types = {"y": "*fp32", "shared": "*fp32", "out": "*fp32", "numbers": "i32", "hidden": "i32"}
+    yield Case("sum of experts", experts.sum_kernel, types, {"TOPK": TOPK, "SHARED": True, "BLOCK": 1024})
+
+
+def other_cases() -> Iterator[Case]:
+    pointers = ("streams", "fn", "flat", "logits", "squares", "scale", "base", "norm", "x", "post", "combination", "y",
+                "out", "bias", "weights", "weight", "frequencies", "values", "gates", "table")  # fmt: skip
+    numbers = (
+        "n",
+        "per_split",
+        "splits",
+        "rows",
+        "each",
+        "entries",
+        "stride_group",
+        "stride_token",
+        "stride_row",
+        "lines",
+    )
+    types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(numbers, "i32")
+    types |= dict.fromkeys(("norm_eps", "eps", "scaling"), "fp32") | {
+        "ids": "*i64",
+        "positions": "*i64",
+        "packed": "*u8",
+    }
+    project = {"K": 4 * HIDDEN, "OUTPUTS": 24, "BO": 32, "BM": 16, "BK": 128}
+    yield Case("hyper project", hyper.project_kernel, types, project)
+    finish = {"M": 4, "BS": 4, "D": HIDDEN, "BD": HIDDEN, "BT": 1, "OUTPUTS": 24, "SPLITS": 64, "ITERATIONS": 20}
+    yield Case("hyper finish", hyper.finish_kernel, types, finish, num_warps=8)
+    yield Case("hyper collapse", hyper.finish_kernel, types, finish | {"OUTPUTS": 4, "ITERATIONS": 0}, num_warps=8)
+    yield Case("hyper merge", hyper.merge_kernel, types, {"M": 4, "D": HIDDEN, "BD": 1024, "BT": 1})
+    choose = {"BIASED": True, "TOPK": TOPK, "BK": 8, "BT": 1, "SOFTPLUS": True}
+    one = {"GROUPS": 1, "BG": 1, "EACH": EXPERTS, "BE": EXPERTS, "TOPK_GROUP": 1}
+    eight = {"GROUPS": 8, "BG": 8, "EACH": 32, "BE": 32, "TOPK_GROUP": 4, "SOFTPLUS": False, "TOPK": 8}
+    yield Case("route", route.choose_kernel, types, choose | one)
+    yield Case("route, groups", route.choose_kernel, types, choose | eight)
+    weigh = {"EXPERTS": EXPERTS, "TOPK": TOPK, "BK": 8, "BT": 1, "SOFTPLUS": True}
+    yield Case("route, chosen", route.weigh_kernel, types, weigh)
+    pool = {"RATIO": 4, "DIM": HEAD, "OVERLAP": True, "BR": 8, "BD": 256, "BE": 1}
+    yield Case("compress by 4", compress.compress_kernel, types, pool)
+    pool = {"RATIO": 128, "DIM": HEAD, "OVERLAP": False, "BR": 128, "BD": 32, "BE": 1}
+    yield Case("compress by 128", compress.compress_kernel, types, pool)
+    look = {"WIDTH": HIDDEN, "BW": 1024, "BT": 1}
+    yield Case("embed", compress.embed_kernel, types | {"table": "*bf16"}, look)
+    yield from row_cases(types)
+
+
+def row_cases(types: dict[str, str]) -> Iterator[Case]:
+    from tenfold.formats import index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
+
+    names = ("CODED", "BITS", "BLOCK", "SCALES", "SCALE_BYTES", "PLAIN_AT", "SCALE_AT", "ROW_BYTES", "LIMIT", "FLOOR")
+    nothing = {
+        "NORM": False,
+        "WEIGHTED": False,
+        "PAIRS": 0,
+        "SPREAD": False,
+        "FINISH": 0,
+        "WIDTH": HEAD,
+        "BW": HEAD,
+        "BR": 4,
+    }
+    nothing |= dict(zip(names, rows._format(None, HEAD), strict=True))
+    norm = nothing | {"NORM": True, "WEIGHTED": True}
+    yield Case("rms_norm of hidden", rows.turn_kernel, types, norm | {"WIDTH": HIDDEN, "BW": HIDDEN, "BR": 1})
+    yield Case("norm_rope", rows.turn_kernel, types, norm | {"PAIRS": 32, "WEIGHTED": False})
+    for layout, spread in (
+        (kv_row_v4(512, 64), 0),
+        (kv_row_v32(512, 64), 0),
+        (index_key_fp4(128), 1),
+        (index_key_fp8(128), 1),
+    ):
+        width, height = rows._block(layout.width, 64, rows.Steps(spread=bool(spread)))
+        shape = {"WIDTH": layout.width, "BW": width, "BR": height, "SPREAD": bool(spread)}
+        shape |= dict(zip(names, rows._format(layout, width), strict=True)) | {"PAIRS": 32}
+        packing = types | {"out": "*u8"}
+        yield Case(f"norm_rope_pack {layout.name}", rows.turn_kernel, packing, norm | shape | {"FINISH": 2})
+        if spread:
+            yield Case(f"rope_round {layout.name}", rows.turn_kernel, types, nothing | shape | {"FINISH": 1})
+        constants = {name: shape[name] for name in (*names[:3], *names[4:8], "WIDTH", "BW", "BR")}
+        yield Case(f"unpack_rows {layout.name}", rows.unpack_kernel, types, constants)
+    turn = {"PAIRS": 32, "BP": 32, "BR": 16, "INVERSE": False, "INTERLEAVED": True}
+    yield Case("rope", rows.rope_kernel, types, turn)
+    yield Case("layer_norm", rows.layer_norm_kernel, types | {"bias": "*fp32"}, {"WIDTH": 128, "BW": 128, "BR": 16})
+
+
+def sizes(t: linear.Tiles) -> dict[str, int]:
+    return {"BM": t.m, "BN": t.n, "BK": t.k}
+
+
+# ---------------------------------------------------------------------------------------------- compiling
+
+
+def compiled(case: Case, arch: int) -> Compiled:
+    """The case compiled as a launch would, with memory aligned to 16 bytes."""
+    names = case.kernel.arg_names
+    types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    source = ASTSource(case.kernel, types, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, code = read("cuobjdump", "-res-usage", file.name), read("nvdisasm", "-c", file.name)
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in MATRIX_INSTRUCTIONS}
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.\S*", code)
+    return Compiled(
+        case.name,
+        arch,
+        number(r"REG:(\d+)", usage),
+        number(r"STACK:(\d+)", usage),
+        made.metadata.shared,
+        " ".join(f"{name}:{count}" for name, count in counts.items() if count),
+        sum("128" in re.sub("LTC128B", "", load) for load in loads),
+        len(loads),
+    )
+
+
+def read(tool: str, *words: str) -> str:
+    return subprocess.run([TOOLS / tool, *words], capture_output=True, text=True, check=True).stdout
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in {text}"
+    return int(found[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""Experts: tokens grouped by expert on the device, gate and up with the clamped SwiGLU, down, and the sum.
+
+Four launches however many tokens and experts (five where a plan needs two): the shared expert runs beside the routed
+ones, in the same launches. A bank is a table of addresses, so its weights may lie anywhere on the device. Weighs before
+the down projection always; `weigh_first` would change nothing but rounding. Knows nothing of routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tenfold.ops import Experts, Weight
+from tenfold.ops.triton.linear import (
+    AS_BF16,
+    AS_F32,
+    AS_FP8_F32,
+    Matrix,
+    Tiles,
+    accumulate,
+    address,
+    matrix,
+    rounded,
+    tiles,
+)
+from tenfold.ops.triton.lowp import INTERPRET, to_bf16
+
+__all__ = ["experts", "feed_forward"]
+
+NO_FORMAT = tl.constexpr(-1)
+_CHUNK = 256
+"""Pairs of token and expert that one program of the plan puts in order."""
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+@triton.jit
+def count_kernel(ids, counts, pairs, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
+    """counts [chunks, BINS]: pairs of each expert in each chunk."""
+    chunk = tl.program_id(0)
+    tl.store(counts + chunk * BINS + tl.arange(0, BINS), _count(ids, chunk, pairs, EXPERTS, BINS, CHUNK))
+
+
+@triton.jit
+def _count(ids, chunk, pairs, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
+    expert = _experts_of(ids, chunk * CHUNK + tl.arange(0, CHUNK), pairs, EXPERTS)
+    return tl.histogram(expert, BINS).to(tl.int32)
+
+
+@triton.jit
+def _experts_of(ids, pair, pairs, EXPERTS: tl.constexpr):
+    """The pairs' experts, EXPERTS for none; an id out of range, which would read any memory, is drawn into it."""
+    expert = tl.load(ids + pair, mask=pair < pairs, other=0).to(tl.int32)
+    return tl.where(pair < pairs, tl.minimum(tl.maximum(expert, 0), EXPERTS - 1), EXPERTS)
+
+
+@triton.jit
+def plan_kernel(
+    ids, counts, order, blocks, pairs, num_blocks,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
+    ALONE: tl.constexpr, SLAB: tl.constexpr,
+):  # fmt: skip
+    """order [pairs]: pairs by expert; blocks [num_blocks, 3]: expert (-1: none), first place in order, count <= BM."""
+    chunk = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    if ALONE:
+        total = _count(ids, chunk, pairs, EXPERTS, BINS, CHUNK)
+        before = tl.zeros([BINS], tl.int32)
+    else:
+        total = tl.zeros([BINS], tl.int32)
+        before = tl.zeros([BINS], tl.int32)
+        for other in range(0, tl.num_programs(0)):
+            some = tl.load(counts + other * BINS + bins)
+            total += some
+            before += tl.where(other < chunk, some, 0)
+    total = tl.where(bins < EXPERTS, total, 0)
+    first = tl.cumsum(total, 0) - total
+    block_end = tl.cumsum((total + BM - 1) // BM, 0)
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = _experts_of(ids, pair, pairs, EXPERTS)
+    place = tl.gather(first + before, expert, 0)
+    for start in range(0, CHUNK, SLAB):  # behind the pairs of the same expert that come earlier in the chunk
+        earlier = chunk * CHUNK + start + tl.arange(0, SLAB)
+        same = _experts_of(ids, earlier, pairs, EXPERTS)[None, :] == expert[:, None]
+        place += tl.sum((same & (earlier[None, :] < pair[:, None])).to(tl.int32), 1)
+    tl.store(order + place, pair, mask=pair < pairs)
+    for start in range(chunk * SLAB, num_blocks, tl.num_programs(0) * SLAB):
+        block = start + tl.arange(0, SLAB)
+        owner = tl.sum((block_end[None, :] <= block[:, None]).to(tl.int32), 1)
+        found = owner < EXPERTS
+        owner = tl.minimum(owner, BINS - 1)
+        skipped = (block - tl.gather(block_end - (total + BM - 1) // BM, owner, 0)) * BM
+        line = blocks + 3 * block
+        tl.store(line, tl.where(found, owner, -1), mask=block < num_blocks)
+        tl.store(line + 1, tl.gather(first, owner, 0) + skipped, mask=block < num_blocks)
+        tl.store(line + 2, tl.minimum(tl.gather(total, owner, 0) - skipped, BM), mask=block < num_blocks)
+
+
+# ---------------------------------------------------------------------------------------------- the products
+
+
+@triton.jit
+def _product(
+    x, x_ok, table, expert, place: tl.constexpr, row, row_ok,
+    K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`accumulate` with one of an expert's three matrices; `place` is twice its number."""
+    at = expert * 6 + place
+    if FORMAT == AS_F32:
+        codes = address(table, at, tl.float32)
+        scale = codes
+    elif FORMAT == AS_BF16:
+        codes = address(table, at, tl.bfloat16)
+        scale = codes
+    elif FORMAT == AS_FP8_F32:
+        codes = address(table, at, tl.uint8)
+        scale = address(table, at + 1, tl.float32)
+    else:
+        codes = address(table, at, tl.uint8)
+        scale = address(table, at + 1, tl.uint8)
+    return accumulate(x, x_ok, codes, scale, row, row_ok, K, FORMAT, PARTS, BM, BN, BK)
+
+
+@triton.jit
+def _gated_tile(
+    x, token, ok, weight, table, expert, out, out_row, inner, limit,
+    K: tl.constexpr, FORMAT: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """weight * silu(gate) * up of some rows and columns, to out [rows, inner]."""
+    column = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    xs = x + token * K
+    gate = _product(xs, ok, table, expert, 0, column, column < inner, K, FORMAT, PARTS, BM, BN, BK)
+    up = _product(xs, ok, table, expert, 4, column, column < inner, K, FORMAT, PARTS, BM, BN, BK)
+    if LIMITED:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    y = gate / (1.0 + tl.exp(-gate)) * up * weight[:, None]
+    if out.dtype.element_ty == tl.bfloat16:  # what the down projection would round
+        y = to_bf16(y)
+    tl.store(out + (out_row * inner)[:, None] + column[None, :], y, mask=ok[:, None] & (column < inner)[None, :])
+
+
+@triton.jit
+def gate_up_kernel(
+    x, weights, table, order, blocks, out, shared_table, shared_out, n, num_blocks, inner, shared_inner, limit,
+    TOPK: tl.constexpr, K: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
+    FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [n * TOPK, inner] of the routed experts, shared_out [n, shared_inner] of the shared one, in later blocks."""
+    block = tl.program_id(0)
+    m = tl.arange(0, BM)
+    if FORMAT != NO_FORMAT:
+        if block < num_blocks:
+            expert = tl.load(blocks + 3 * block)
+            if expert >= 0:
+                ok = m < tl.load(blocks + 3 * block + 2)
+                pair = tl.load(order + tl.load(blocks + 3 * block + 1) + m, mask=ok, other=0)
+                weight = tl.load(weights + pair, mask=ok, other=0.0)
+                _gated_tile(
+                    x, (pair // TOPK).to(tl.int64), ok, weight, table, expert, out, pair.to(tl.int64), inner, limit,
+                    K, FORMAT, LIMITED, PARTS, BM, BN, BK,
+                )  # fmt: skip
+    if SHARED_FORMAT != NO_FORMAT:
+        if block >= num_blocks:
+            token = ((block - num_blocks) * BM + m).to(tl.int64)
+            one = tl.full([BM], 1.0, tl.float32)
+            _gated_tile(
+                x, token, token < n, one, shared_table, 0, shared_out, token, shared_inner, limit,
+                K, SHARED_FORMAT, LIMITED, PARTS, BM, BN, BK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    x, row, ok, table, expert, out, hidden,
+    K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    column = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
+    inside = column < hidden
+    y = _product(x + row * K, ok, table, expert, 2, column, inside, K, FORMAT, PARTS, BM, BN, BK)
+    tl.store(out + (row * hidden)[:, None] + column[None, :], y, mask=ok[:, None] & inside[None, :])
+
+
+@triton.jit
+def down_kernel(
+    gated, table, order, blocks, out, shared_gated, shared_table, shared_out, n, num_blocks, hidden,
+    K: tl.constexpr, SHARED_K: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out [pairs, hidden] and shared_out [n, hidden], the down projections of what `gate_up_kernel` made."""
+    block = tl.program_id(0)
+    m = tl.arange(0, BM)
+    if FORMAT != NO_FORMAT:
+        if block < num_blocks:
+            expert = tl.load(blocks + 3 * block)
+            if expert >= 0:
+                ok = m < tl.load(blocks + 3 * block + 2)
+                pair = tl.load(order + tl.load(blocks + 3 * block + 1) + m, mask=ok, other=0).to(tl.int64)
+                _down_tile(gated, pair, ok, table, expert, out, hidden, K, FORMAT, PARTS, BM, BN, BK)
+    if SHARED_FORMAT != NO_FORMAT:
+        if block >= num_blocks:
+            token = ((block - num_blocks) * BM + m).to(tl.int64)
+            _down_tile(
+                shared_gated, token, token < n, shared_table, 0, shared_out, hidden,
+                SHARED_K, SHARED_FORMAT, PARTS, BM, BN, BK,
+            )  # fmt: skip
+
+
+@triton.jit
+def sum_kernel(y, shared, out, numbers, hidden, TOPK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    """out [n, hidden]: the sum over y [n, TOPK, hidden], and shared [n, hidden]."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < numbers
+    first = i // hidden * TOPK * hidden + i % hidden
+    total = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOPK):
+        total += tl.load(y + first + choice * hidden, mask=ok, other=0.0)
+    if SHARED:
+        total += tl.load(shared + i, mask=ok, other=0.0)
+    tl.store(out + i, total, mask=ok)
+
+
+# ---------------------------------------------------------------------------------------------- launching
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bank:
+    """Experts that were checked: int64 [experts, 6] addresses of codes and scales of w1, w2, w3."""
+
+    table: Tensor
+    count: int
+    gate_format: int
+    down_format: int
+    hidden: int
+    inner: int
+
+
+_banks: WeakKeyDictionary[Experts, _Bank] = WeakKeyDictionary()
+_blocks: WeakKeyDictionary[Weight, tuple[tuple[tuple[int, int], ...], _Bank]] = WeakKeyDictionary()
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    bank: Experts,
+    *,
+    limit: float | None,
+    weigh_first: bool,
+    shared: Experts | None = None,
+    parts: int,
+) -> Tensor:
+    ready, beside = _bank(bank), None if shared is None else _bank(shared)
+    if x.dim() != 2 or x.shape[1] != ready.hidden or (beside is not None and beside.hidden != ready.hidden):
+        raise ValueError(f"x: expected rows of {ready.hidden}, also for the shared expert, got {tuple(x.shape)}")
+    if ids.shape != weights.shape or ids.shape[:1] != x.shape[:1]:
+        raise ValueError(f"ids, weights: expected [{x.shape[0]}, topk], got {tuple(ids.shape)}, {tuple(weights.shape)}")
+    return _through(x, ids.contiguous(), weights.contiguous(), ready, beside, limit, parts)
+
+
+def feed_forward(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None, *, parts: int) -> Tensor:
+    """Every token through one expert: the shared part of `experts` alone."""
+    bank = _block(w1, w2, w3)
+    if x.dim() != 2 or x.shape[1] != bank.hidden:
+        raise ValueError(f"x: expected rows of {bank.hidden}, got {tuple(x.shape)}")
+    none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+    return _through(x, none, x, None, bank, limit, parts)
+
+
+def _through(
+    x: Tensor, ids: Tensor, weights: Tensor, bank: _Bank | None, shared: _Bank | None, limit: float | None, parts: int
+) -> Tensor:
+    """The launches. Where a bank is missing, the other stands for it: no block and no format uses it."""
+    n, topk = ids.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if n == 0:
+        return out
+    routed, beside = bank or shared, shared or bank
+    assert routed is not None
+    assert beside is not None
+    t = _tiles(n, topk, routed, beside)
+    order, blocks = _plan(ids, 0 if bank is None else bank.count, t.m)
+    num_blocks, num_shared = blocks.shape[0], n if shared is not None else 0
+    grid_rows = num_blocks + triton.cdiv(num_shared, t.m)
+    formats = [NO_FORMAT.value if each is None else each.gate_format for each in (bank, shared)]
+    down_formats = [NO_FORMAT.value if each is None else each.down_format for each in (bank, shared)]
+    plain = AS_F32.value in formats + down_formats  # an f32 weight gets activations as they are
+    stored = torch.float32 if parts == 3 or plain else torch.bfloat16
+    gated = torch.empty(n * topk, routed.inner, dtype=stored, device=x.device)
+    shared_gated = torch.empty(num_shared, beside.inner, dtype=stored, device=x.device)
+    gate_up_kernel[grid_rows, triton.cdiv(max(routed.inner, beside.inner), t.n)](
+        rounded(x, 3 if plain else parts), weights, routed.table, order, blocks, gated, beside.table, shared_gated,
+        n, num_blocks, routed.inner, beside.inner, 0.0 if limit is None else limit,
+        topk, routed.hidden, limit is not None, parts, *formats, *t.sizes, **t.options,
+    )  # fmt: skip
+    y, shared_y = (torch.empty(rows, routed.hidden, device=x.device) for rows in (n * topk, num_shared))
+    down_kernel[grid_rows, triton.cdiv(routed.hidden, t.n)](
+        gated, routed.table, order, blocks, y, shared_gated, beside.table, shared_y, n, num_blocks, routed.hidden,
+        routed.inner, beside.inner, *down_formats, parts, *t.sizes, **t.options,
+    )  # fmt: skip
+    if topk == 0:
+        return shared_y
+    numbers = x.numel()
+    block = triton.next_power_of_2(numbers) if INTERPRET.value else 1024
+    sum_kernel[(triton.cdiv(numbers, block),)](
+        y, shared_y, out, numbers, routed.hidden, topk, shared is not None, block
+    )
+    return out
+
+
+def _tiles(n: int, topk: int, routed: _Bank, beside: _Bank) -> Tiles:
+    """As tall as an expert's share of the rows, so that few rows are empty."""
+    share = max(1, n * topk // routed.count)
+    return tiles(min(n, share), max(routed.inner, beside.inner, routed.hidden))
+
+
+def _plan(ids: Tensor, count: int, block_rows: int) -> tuple[Tensor, Tensor]:
+    """Pairs in order of their experts, int32 [pairs], and the blocks of one expert each, int32 [blocks, 3].
+
+    There is room for as many blocks as any choice of experts can need.
+    """
+    pairs = ids.numel()
+    num_blocks = min(pairs, count + pairs // block_rows)
+    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    blocks = torch.empty(num_blocks, 3, dtype=torch.int32, device=ids.device)
+    if pairs == 0:
+        return order, blocks
+    chunks, bins = triton.cdiv(pairs, _CHUNK), max(triton.next_power_of_2(count + 1), 16)
+    counts = torch.empty(chunks if chunks > 1 else 0, bins, dtype=torch.int32, device=ids.device)
+    if chunks > 1:
+        count_kernel[(chunks,)](ids, counts, pairs, count, bins, _CHUNK)
+    slab = _CHUNK if INTERPRET.value else 32
+    plan_kernel[(chunks,)](
+        ids, counts, order, blocks, pairs, num_blocks, count, bins, _CHUNK, block_rows, chunks == 1, slab
+    )
+    return order, blocks
+
+
+# ---------------------------------------------------------------------------------------------- banks
+
+
+def _bank(bank: Experts) -> _Bank:
+    """Checked once in a bank's life. The table holds addresses, which are good as long as the bank lives."""
+    found = _banks.get(bank)
+    if found is None:
+        triples = zip(bank.w1, bank.w2, bank.w3, strict=True)
+        found = _banks[bank] = _bank_of([(matrix(w1), matrix(w2), matrix(w3)) for w1, w2, w3 in triples])
+    return found
+
+
+def _block(w1: Weight, w2: Weight, w3: Weight) -> _Bank:
+    """A gated block of its own as a bank of one expert."""
+    triple = (matrix(w1), matrix(w2), matrix(w3))
+    addresses = tuple(each.addresses for each in triple)
+    found = _blocks.get(w1)
+    if found is None or found[0] != addresses:
+        found = _blocks[w1] = (addresses, _bank_of([triple]))
+    return found[1]
+
+
+def _bank_of(triples: list[tuple[Matrix, Matrix, Matrix]]) -> _Bank:
+    if not triples:
+        raise ValueError("bank: expected at least one expert")
+    gate, down, _ = triples[0]
+    inner, hidden = gate.out_features, gate.in_features
+    expected = ((gate.format, inner, hidden), (down.format, hidden, inner), (gate.format, inner, hidden))
+    for expert, triple in enumerate(triples):
+        for name, found, wanted in zip(("w1", "w2", "w3"), triple, expected, strict=True):
+            if (found.format, found.out_features, found.in_features) != wanted:
+                raise ValueError(f"bank: {name} of expert {expert} has another format or shape than in expert 0")
+    lines = [[place for each in triple for place in each.addresses] for triple in triples]
+    table = torch.tensor(lines, dtype=torch.int64).to(gate.codes.device)
+    return _Bank(table, len(triples), gate.format, down.format, hidden, inner)
