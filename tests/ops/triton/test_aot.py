@@ -1,0 +1,47 @@
+"""Kernels compiled for GPUs that are not here: shared memory, spills, matrix instructions (see triton_aot.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "triton_aot.py"
+SHARED_LIMIT_KB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+PRODUCTS = ("linear", "gate_up", "down", "hyper project")
+
+
+def compiled(*words: str) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--json", *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def check(found: list[dict[str, Any]]) -> None:
+    assert found
+    for one in found:
+        assert one["shared_bytes"] <= SHARED_LIMIT_KB[one["arch"]] * 1024, one
+        assert one["stack_bytes"] == 0, one
+        if one["kernel"].startswith(PRODUCTS):
+            assert one["matrix"], one
+            assert one["wide_loads"], one
+
+
+def test_a_linear_and_the_experts_of_a_decode_step() -> None:
+    check(compiled("--kernel", "linear fp8, 1 rows, 1 parts", "--arch", "80", "90"))
+    check(compiled("--kernel", "gate_up, 1 rows", "--arch", "120"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT_KB)
+def test_every_kernel(arch: int) -> None:
+    check(compiled("--arch", str(arch)))
