@@ -1,4 +1,4 @@
-"""Whole tiny networks of all three shapes in the interpreter: greedy tokens are the reference's, or tied within its noise."""
+"""Whole tiny networks of all three shapes in the interpreter: greedy tokens are the reference's, or as good as tied."""
 
 from __future__ import annotations
 
