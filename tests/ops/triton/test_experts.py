@@ -22,7 +22,8 @@ def bank_of(form: WeightFormat, count: int, hidden: int, inner: int, seed: int =
 
 
 def law(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None, factor: Tensor, rounds: bool) -> Tensor:
-    """One expert on rows of x in float64; with `rounds` both products' activations are rounded to bf16."""
+    """One expert on rows of x in float64; with `rounds` activations are rounded to bf16, unless they meet float32."""
+    rounds = rounds and w1.format is not F32
     seen = (x.bfloat16() if rounds else x).double()
     gate, up = (seen @ reference.dequantize(w).double().t() for w in (w1, w3))
     if limit is not None:
@@ -87,12 +88,11 @@ def test_the_sum_over_chosen_experts_and_the_shared_one(
     shared = None if shared_form is None else bank_of(shared_form, 1, hidden, 128, seed=90)
     ids, factors = choice(n, 5, 3)
     found = grouped.experts(x, ids, factors, bank, limit=0.5, weigh_first=True, shared=shared, parts=parts)
-    rounds = parts == 1 and F32 not in (form, shared_form)
-    expected = routed_law(x, ids, factors, bank, shared, 0.5, rounds)
+    expected = routed_law(x, ids, factors, bank, shared, 0.5, parts == 1)
     # A number next to a rounding boundary may fall on the other side in float32: one of bf16's steps in some rows.
-    assert relative(found, expected) < (2e-4 if rounds else 1e-6)
-    if F32 not in (form, shared_form):
-        assert relative(found, routed_law(x, ids, factors, bank, shared, 0.5, False)) < (4e-3 if rounds else 1e-6)
+    assert relative(found, expected) < (2e-4 if parts == 1 else 1e-6)
+    if parts == 1:  # what official inference rounds to e4m3 costs 4.7e-2
+        assert relative(found, routed_law(x, ids, factors, bank, shared, 0.5, False)) < 2e-2
 
 
 def test_one_expert_alone_and_no_rows() -> None:

@@ -46,7 +46,9 @@ def weigh_kernel(
     expert = tl.minimum(tl.maximum(expert, 0), EXPERTS - 1)  # one that is not there would read any memory
     score = _scores(tl.load(logits + (token * EXPERTS)[:, None] + expert, mask=known, other=0.0), SOFTPLUS)
     score = tl.where(known, score, 0.0)
-    tl.store(weights + place, score / tl.sum(score, 1)[:, None] * scaling, mask=known)
+    total = tl.sum(score, 1)
+    total = tl.where(token < n, total, 1.0)
+    tl.store(weights + place, score / total[:, None] * scaling, mask=known)
 
 
 @triton.jit
