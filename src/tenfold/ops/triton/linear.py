@@ -43,8 +43,11 @@ _FEW_ROWS = 16
 
 @triton.jit
 def address(table, place, TYPE: tl.constexpr):
-    """The pointer that stands in an int64 table; tensors start at multiples of 16 bytes."""
-    return tl.multiple_of(tl.load(table + place), 16).to(tl.pointer_type(TYPE))
+    """The pointer that stands in an int64 table; tensors start at multiples of 16 bytes.
+
+    Said of the pointer: said of the number it is lost, and every byte becomes a load of its own.
+    """
+    return tl.multiple_of(tl.load(table + place).to(tl.pointer_type(TYPE)), 16)
 
 
 @triton.jit
