@@ -17,19 +17,20 @@ __all__ = ["ANSWER_TOKENS", "ATTRIBUTES", "FIRST_WORDS", "MOST_FACTS", "SECOND_W
 
 ANSWER_TOKENS = 8  # enough for any answer: a space, digits, the end of the sentence
 
+# Each word one token of the embedded tokenizer, so that a fact looks the same wherever it stands.
 ATTRIBUTES = (
     "access code", "lock code", "key number", "file number", "order number", "record number", "part number",
-    "phone extension",
+    "version number",
 )  # fmt: skip
 FIRST_WORDS = (
-    "old", "new", "small", "large", "main", "second", "first", "last", "left", "right", "long", "open", "east", "west",
-    "red", "white", "gold", "stone", "outer", "inner", "short", "high", "low", "cold", "plain", "front", "back", "late",
-    "winter", "autumn", "dark", "local",
+    "old", "new", "small", "large", "main", "second", "first", "last", "left", "right", "long", "open", "local",
+    "global", "shared", "simple", "single", "normal", "original", "primary", "internal", "virtual", "current",
+    "previous", "next", "standard", "special", "regular", "empty", "common", "default", "top",
 )  # fmt: skip
 SECOND_WORDS = (
-    "library", "server", "field", "table", "path", "point", "group", "market", "hall", "gate", "mill", "port", "room",
-    "store", "park", "dock", "yard", "hill", "inn", "printer", "engine", "plant", "building", "door", "floor", "wall",
-    "desk", "pool", "post", "stage", "club", "office",
+    "library", "server", "table", "path", "point", "group", "port", "page", "field", "project", "system", "section",
+    "script", "socket", "session", "space", "stack", "database", "directory", "client", "cache", "buffer", "package",
+    "module", "frame", "link", "model", "program", "source", "target", "tool", "view",
 )  # fmt: skip
 MOST_FACTS = len(ATTRIBUTES) * len(FIRST_WORDS) * len(SECOND_WORDS)
 
