@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tenfold import checkpoint
 from tenfold.checkpoint import TensorSpec
-from tenfold.config import DeepseekV4Config, LayerSpec, parse
+from tenfold.config import DeepseekV4Config, LayerSpec, RopeSpec, parse
 from tenfold.formats import F32, I64, kv_row_v4
 from tenfold.models.blocks import Binder, rope_frequencies
 from tenfold.models.deepseek_v4 import Attention, Compressor, DeepseekV4
@@ -159,26 +160,62 @@ class _StackBinder(Binder):
 # ------------------------------------------------------------------------------------------------ the network
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Tokens that have to find something, as flat indices into a batch, and the tokens that hold it."""
+
+    tokens: Tensor
+    told: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Batch(Step):
     """A step of `sequences` texts of equal length; `dense` attends to all entries and teaches the indexer."""
 
     sequences: int = 1
     dense: bool = True
+    asked: Asked | None = None
     index_losses: list[Tensor] = field(default_factory=list)
+    recall_losses: dict[str, Tensor] = field(default_factory=dict)
     loads: dict[str, Tensor] = field(default_factory=dict)
+    tables: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, ids: Tensor, dense: bool) -> Batch:
-        """From token ids [sequences, length]."""
+    def of(cls, ids: Tensor, dense: bool, positions: Tensor | None = None, asked: Asked | None = None) -> Batch:
+        """From token ids [sequences, length]; positions of the same shape rise, by ones within a tile."""
         sequences, length = ids.shape
-        positions = torch.arange(length).repeat(sequences)
+        if positions is None:
+            positions = torch.arange(length).repeat(sequences, 1)
         wanted = torch.arange(ids.numel())
-        return cls(ids.flatten(), positions, (), wanted, ids.numel(), sequences=sequences, dense=dense)
+        return cls(
+            ids.flatten(), positions.flatten(), (), wanted, ids.numel(), sequences=sequences, dense=dense, asked=asked
+        )
 
     @property
     def length(self) -> int:
         return self.ids.shape[0] // self.sequences
+
+    @cached_property
+    def leaps(self) -> Tensor | None:
+        """Bool [sequences, tiles]: this tile does not follow the one before; None if all do."""
+        places = self.positions.view(self.sequences, -1)
+        behind = places[:, TILE::TILE] - places[:, TILE - 1 : -1 : TILE]
+        leaps = torch.nn.functional.pad(behind != 1, (1, 0))
+        return leaps if leaps.any() else None
+
+    @cached_property
+    def copies(self) -> Tensor | None:
+        """How many tokens each of a sequence stands for, [sequences]: those left out by leaps are spread over all."""
+        if self.leaps is None:
+            return None
+        return (self.positions.view(self.sequences, -1)[:, -1] + 1) / float(self.length)
+
+    def rope(self, spec: RopeSpec) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [sequences, length, 1, dim / 2]."""
+        if spec not in self.tables:
+            cos, sin = rope_tables(self.positions.view(self.sequences, -1), rope_frequencies(spec))
+            self.tables[spec] = cos[:, :, None], sin[:, :, None]
+        return self.tables[spec]
 
 
 class TrainingModel:
@@ -187,6 +224,9 @@ class TrainingModel:
     def __init__(self, config: DeepseekV4Config, weights: dict[str, Tensor], ops: TrainingOps, quantised: bool) -> None:
         self.config, self.ops = config, ops
         self.quantised = quantised
+        # Facts are looked up in the first layer that selects, by the first half of its heads.
+        self.recall_layer = next(layer.index for layer in config.layers if layer.attention == "csa")
+        self.recall_heads = config.num_attention_heads // 2
 
         def take(name: str) -> Weight:
             return Weight(name, tuple(weights[name].shape), I64 if name.endswith("tid2eid") else F32, weights[name])
@@ -210,14 +250,44 @@ class TrainingModel:
         head = network.hc_head_fn, network.hc_head_base, network.hc_head_scale, network.norm
         return ops.hc_collapse(h, *head, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
 
+    def recalled(self, batch: Batch) -> Tensor:
+        """Normed activations [asked, hidden] behind the layer that looks up, of the tokens that ask alone.
+
+        The layers before it go through their attention alone; but a first one that an earlier network had is whole,
+        and learns nothing.
+        """
+        network, c, ops = self.network, self.config, self.ops
+        assert batch.asked is not None
+        fixed = c.layers[0].attention == "swa"
+        with torch.set_grad_enabled(not fixed):
+            h = ops.embed(batch.ids, network.embed)[:, None, :].repeat(1, c.hc_mult, 1)
+            if fixed:
+                h = network.blocks[0].forward(h, batch)
+        for block in network.blocks[fixed : self.recall_layer]:
+            x, post, combination = block.hc_attn.mix(h, block.attn_norm)
+            h = ops.hc_merge(h, block.attn.forward(x, batch), post, combination)
+        block, asked = network.blocks[self.recall_layer], batch.asked.tokens
+        x, post, combination = block.hc_attn.mix(h, block.attn_norm)
+        h = ops.hc_merge(h[asked], block.attn.look_up(x, batch), post[asked], combination[asked])  # type: ignore[attr-defined]
+        x, post, combination = block.hc_ffn.mix(h, block.ffn_norm)
+        few = Batch(batch.ids[asked], batch.positions[asked], (), asked, asked.shape[0])
+        h = ops.hc_merge(h, block.ffn.forward(x, few), post, combination)
+        head = network.hc_head_fn, network.hc_head_base, network.hc_head_scale, network.norm
+        return ops.hc_collapse(h, *head, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
+
+    def recall_loss(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy in nats of what is asked for, and each one's."""
+        head = self.network.head.data.to(self.ops.dtype)
+        return head_loss(self.recalled(batch), head, targets)
+
     def logits(self, ids: Tensor) -> Tensor:
         """ids [sequences, length] -> [sequences * length, vocab]."""
         return self.ops.linear(self.hidden(Batch.of(ids, dense=False)), self.network.head)
 
-    def loss(self, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy in nats, and each token's."""
+    def loss(self, batch: Batch, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross entropy in nats, its mean or its sum under `weights`, and each token's."""
         head = self.network.head.data.to(self.ops.dtype)
-        return head_loss(self.hidden(batch), head, targets.flatten())
+        return head_loss(self.hidden(batch), head, targets.flatten(), weights)
 
 
 class _Counting:
@@ -246,13 +316,12 @@ class TrainingAttention(Attention):
         self.fast: TrainingOps = bind.ops  # type: ignore[assignment]
         self.row = kv_row_v4(config.head_dim, config.qk_rope_head_dim)
         self.key = layer.stream("index_keys").layout if layer.attention == "csa" else None
-        self.tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         assert isinstance(step, Batch)
         c, ops = self.config, self.fast
         shape = step.sequences, step.length
-        cos, sin = self._tables(step.length)
+        cos, sin = step.rope(self.layer.rope)
         q_latent = ops.rms_norm(ops.linear(x, self.wq_a), self.q_norm, c.rms_norm_eps)
         q = ops.linear(q_latent, self.wq_b).view(*shape, c.num_attention_heads, c.head_dim)
         q = ops.norm_rope(q, torch.ones(c.head_dim), c.rms_norm_eps, cos, sin)
@@ -267,20 +336,52 @@ class TrainingAttention(Attention):
         if self.compressor is not None:
             entries = self._kept(self._entries(self.compressor, x, step))
         teach = self.indexer is not None and step.dense
-        if self.indexer is not None and (teach or entries.shape[1] > self.config.index_topk):
+        recall = step.asked is not None and self.layer.index == self.owner.recall_layer
+        if self.indexer is not None and (teach or recall or entries.shape[1] > self.config.index_topk):
             index = self._index(x.detach(), q_latent.detach(), step)
             chosen = None if step.dense else best_entries(*index, self.config.index_topk)
         scale = float(self.config.head_dim) ** -0.5
-        out, shares = attend(q, rows, entries, self.attn_sink.data, chosen, self.layer.ratio, scale, teach)
+        copies = step.copies if self.layer.attention == "hca" else None
+        out, shares = attend(
+            q, rows, entries, self.attn_sink.data, chosen, self.layer.ratio, scale, teach, step.leaps, copies
+        )
         if teach:
             step.index_losses.append(_index_loss(*index, shares))
+        if recall:
+            mine, every = _of_asked(step, q[:, :, : self.owner.recall_heads] * scale, entries)
+            step.recall_losses["attention"] = _recall_loss(step, torch.einsum("nhd,ed->nhe", mine, every))
+            step.recall_losses["indexer"] = _recall_loss(step, _scores_of_asked(step, *index)[:, None])
         return out
 
-    def _tables(self, length: int) -> tuple[Tensor, Tensor]:
-        if length not in self.tables:
-            cos, sin = rope_tables(length, rope_frequencies(self.layer.rope))
-            self.tables[length] = cos[:, None], sin[:, None]
-        return self.tables[length]
+    def look_up(self, x: Tensor, step: Batch) -> Tensor:
+        """`forward` for the tokens that ask alone, over the entries of all sequences at once: [asked, hidden]."""
+        c, ops = self.config, self.fast
+        assert self.compressor is not None
+        assert step.asked is not None
+        asked = step.asked.tokens
+        cos, sin = step.rope(self.layer.rope)
+        mine_cos, mine_sin = (table.flatten(0, 1)[asked] for table in (cos, sin))
+        q_latent = ops.rms_norm(ops.linear(x, self.wq_a), self.q_norm, c.rms_norm_eps)
+        q = ops.linear(q_latent[asked], self.wq_b).view(-1, c.num_attention_heads, c.head_dim)
+        q = ops.norm_rope(q, torch.ones(c.head_dim), c.rms_norm_eps, mine_cos, mine_sin) * c.head_dim**-0.5
+        kv = ops.linear(x, self.wkv).view(step.sequences, step.length, 1, c.head_dim)
+        rows = self._kept(ops.norm_rope(kv, self.kv_norm.data, c.rms_norm_eps, cos, sin)[:, :, 0]).flatten(0, 1)
+        entries = self._kept(self._entries(self.compressor, x, step)).flatten(0, 1)
+        scores = torch.einsum("nhd,ed->nhe", q, entries)
+        step.recall_losses["attention"] = _recall_loss(step, scores[:, : self.owner.recall_heads])
+        index = self._index(x.detach(), q_latent.detach(), step)
+        step.recall_losses["indexer"] = _recall_loss(step, _scores_of_asked(step, *index)[:, None])
+        near = asked[:, None] - torch.arange(TILE)
+        outside = (near < 0) | (step.positions[near.clamp(min=0)] <= step.positions[asked, None] - TILE)
+        outside |= near // step.length != asked[:, None] // step.length
+        window = rows[near.clamp(min=0)]  # [asked, TILE, head_dim]
+        nearby = torch.einsum("nhd,nwd->nhw", q, window).masked_fill(outside[:, None], -torch.inf)
+        _, late = _own_and_late(step, scores.shape[2])
+        sink = self.attn_sink.data.expand(asked.shape[0], -1)[:, :, None]
+        shares = torch.cat([nearby, scores.masked_fill(late[:, None], -torch.inf), sink], 2).softmax(2)
+        out = torch.einsum("nhw,nwd->nhd", shares[:, :, :TILE], window) + shares[:, :, TILE:-1] @ entries
+        out = ops.rotate(out, mine_cos, -mine_sin)
+        return ops.linear(ops.grouped_linear(out.reshape(asked.shape[0], c.o_groups, -1), self.wo_a), self.wo_b)
 
     def _kept(self, rows: Tensor) -> Tensor:
         return stored_rows(rows, self.row) if self.owner.quantised else rows
@@ -294,7 +395,7 @@ class TrainingAttention(Attention):
             for w in (compressor.wkv, compressor.wgate)
         )
         pooled = ops.pool(values, gates, compressor.ape.data, self.layer.attention == "csa")[:, :, None]
-        cos, sin = (table[: count * ratio : ratio] for table in self._tables(step.length))
+        cos, sin = (table[:, : count * ratio : ratio] for table in step.rope(self.layer.rope))
         out: Tensor = ops.norm_rope(pooled, compressor.norm.data, self.config.rms_norm_eps, cos, sin)[:, :, 0]
         return out
 
@@ -305,7 +406,7 @@ class TrainingAttention(Attention):
         assert self.key is not None
         keys = self._entries(indexer.compressor, x, step)
         q = ops.linear(q_latent, indexer.wq_b).view(step.sequences, step.length, c.index_n_heads, c.index_head_dim)
-        q = ops.rotate(q, *self._tables(step.length))
+        q = ops.rotate(q, *step.rope(self.layer.rope))
         if self.owner.quantised:
             q, keys = (stored_rows(reference.hadamard(t.float()).to(t.dtype), self.key) for t in (q, keys))
         weights = ops.linear(x, indexer.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
@@ -319,6 +420,47 @@ def _scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     return torch.bmm(weights.reshape(sequences * queries, 1, heads), raw.view(sequences * queries, heads, -1)).view(
         sequences, queries, -1
     )
+
+
+def _of_asked(step: Batch, q: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries that ask [n, ...], and the entries of all sequences [entries, width]."""
+    assert step.asked is not None
+    return q.flatten(0, 1)[step.asked.tokens], entries.flatten(0, 1)
+
+
+def _scores_of_asked(step: Batch, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """Index scores [n, entries of all sequences]."""
+    mine, every = _of_asked(step, q, keys)
+    raw = (mine @ every.t()).relu()
+    return (weights.flatten(0, 1)[step.asked.tokens][:, :, None] * raw).sum(1)  # type: ignore[union-attr]
+
+
+def _recall_loss(step: Batch, scores: Tensor) -> Tensor:
+    """Minus the logarithm of the share that goes to the entries which hold what is asked for.
+
+    scores [n, heads, entries of all sequences]: the other sequences' are so many more that are none.
+    """
+    asked = step.asked
+    assert asked is not None
+    own, late = _own_and_late(step, scores.shape[2])
+    ratio = step.sequences * step.length // scores.shape[2]
+    scores = scores.masked_fill(late[:, None], -torch.inf)
+    # an entry of ratio 4 pools its own tokens and the four before
+    behind = torch.arange(scores.shape[2]) - (asked.told // ratio)[:, None]
+    holds = own & (behind >= 0) & (behind <= (1 if ratio == 4 else 0)) & ~late
+    right = scores.masked_fill(~holds[:, None], -torch.inf)
+    return (scores.logsumexp(2) - right.logsumexp(2)).mean()
+
+
+def _own_and_late(step: Batch, entries: int) -> tuple[Tensor, Tensor]:
+    """Bool [asked, entries of all sequences]: those of the same sequence, and of these the incomplete ones."""
+    assert step.asked is not None
+    per_sequence = entries // step.sequences
+    ratio = step.length // per_sequence
+    entry = torch.arange(entries)
+    sequence, place = step.asked.tokens // step.length, step.asked.tokens % step.length
+    own = entry // per_sequence == sequence[:, None]
+    return own, own & (entry % per_sequence >= ((place + 1) // ratio)[:, None])
 
 
 def _hidden(positions: Tensor, entries: int, ratio: int) -> Tensor:

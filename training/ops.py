@@ -127,14 +127,14 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tens
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
 
 
-def rope_tables(length: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 to length - 1: [length, dim / 2] each."""
-    angles = torch.arange(length).float()[:, None] * frequencies
+def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [...]: [..., dim / 2] each."""
+    angles = positions.float()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def _rotate_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [sequences, length, heads, width], the last channels turned in pairs; cos and sin [length, 1, dim / 2]."""
+    """x [sequences, length, heads, width], the last channels turned in pairs; cos and sin [.., length, 1, dim / 2]."""
     plain = x.shape[-1] - 2 * cos.shape[-1]
     even, odd = x[..., plain::2].float(), x[..., plain + 1 :: 2].float()
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -283,12 +283,14 @@ class _Attend(torch.autograd.Function):
         ratio: int,
         scale: float,
         with_shares: bool,
+        leaps: Tensor | None,
+        copies: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         out, kept = torch.empty_like(q), []
         shares = q.new_zeros(q.shape[0], q.shape[1], entries.shape[1] if with_shares else 0)
         for first in range(0, q.shape[1], TILE):
             keys, split, count = _tile_keys(rows, entries, first, ratio)
-            bias = _tile_bias(sink.to(q.dtype), first, split, count, ratio, chosen, q.shape[0])
+            bias = _tile_bias(sink.to(q.dtype), first, split, count, ratio, chosen, leaps, copies, q.shape[0])
             tile = q[:, first : first + TILE].flatten(1, 2) * scale
             p = torch.baddbmm(bias, tile, keys.mT).softmax(-1)
             out[:, first : first + TILE] = torch.bmm(p, keys).view(q.shape[0], TILE, *q.shape[2:])
@@ -318,7 +320,7 @@ class _Attend(torch.autograd.Function):
             grad_rows[:, first + TILE - split : first + TILE] += grad_keys[:, :split]
             grad_entries[:, :count] += grad_keys[:, split : split + count]
             grad_sink += raw[:, :, -1].float().view(-1, q.shape[2]).sum(0)
-        return grad_q, grad_rows.to(q.dtype), grad_entries.to(q.dtype), grad_sink, None, None, None, None
+        return grad_q, grad_rows.to(q.dtype), grad_entries.to(q.dtype), grad_sink, None, None, None, None, None, None
 
 
 def attend(
@@ -330,14 +332,18 @@ def attend(
     ratio: int,
     scale: float,
     with_shares: bool,
+    leaps: Tensor | None = None,
+    copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [B, S, heads, width] over the window of rows [B, S, width] and the visible entries [B, E, width].
 
     `chosen` bool [B, S, E] restricts the entries. Also returns each entry's share of the attention summed over
-    the heads [B, S, E] if asked, without gradient. S is a multiple of `TILE`, which is the window.
+    the heads [B, S, E] if asked, without gradient. S is a multiple of `TILE`, which is the window. `leaps` bool
+    [B, S / TILE]: the positions of this tile do not follow those of the one before, which is out of its window.
+    `copies` [B]: each entry counts as so many.
     """
     result: tuple[Tensor, Tensor] = _Attend.apply(  # type: ignore[no-untyped-call]
-        q, rows, entries, sink, chosen, ratio, scale, with_shares
+        q, rows, entries, sink, chosen, ratio, scale, with_shares, leaps, copies
     )
     return result
 
@@ -351,18 +357,33 @@ def _tile_keys(rows: Tensor, entries: Tensor, first: int, ratio: int) -> tuple[T
 
 
 def _tile_bias(
-    sink: Tensor, first: int, split: int, count: int, ratio: int, chosen: Tensor | None, sequences: int
+    sink: Tensor,
+    first: int,
+    split: int,
+    count: int,
+    ratio: int,
+    chosen: Tensor | None,
+    leaps: Tensor | None,
+    copies: Tensor | None,
+    sequences: int,
 ) -> Tensor:
     """0 where a query sees a row, -inf where not, the sink's own score in the last column."""
     heads = sink.shape[0]
-    seen = [_window_bias(split, sink.dtype).expand(sequences, -1, -1)]
+    window = _window_bias(split, sink.dtype).expand(sequences, -1, -1)
+    if leaps is not None and split > TILE and leaps[:, first // TILE].any():
+        window = window.clone()
+        window[leaps[:, first // TILE], :, : split - TILE] = -torch.inf
+    seen = [window]
     if count:
         if chosen is None:
             visible = (torch.arange(first, first + TILE) + 1) // ratio
             hidden = (torch.arange(count) >= visible[:, None]).expand(sequences, -1, -1)
         else:
             hidden = ~chosen[:, first : first + TILE, :count]
-        seen.append(torch.zeros(hidden.shape, dtype=sink.dtype).masked_fill_(hidden, -torch.inf))
+        weight = torch.zeros(hidden.shape, dtype=sink.dtype)
+        if copies is not None:
+            weight += copies.log()[:, None, None]
+        seen.append(weight.masked_fill_(hidden, -torch.inf))
     shared = torch.cat(seen, -1)[:, :, None].expand(-1, -1, heads, -1)
     own = sink[None, None, :, None].expand(sequences, TILE, -1, -1)
     return torch.cat([shared, own], -1).flatten(1, 2)
@@ -383,7 +404,7 @@ class _HeadLoss(torch.autograd.Function):
     """Cross entropy of the head's logits, its gradients computed at once in blocks that stay in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         grad_x, grad_head = torch.empty_like(x), torch.zeros(head.shape)
         losses = torch.empty(x.shape[0])
         for rows in torch.arange(x.shape[0]).split(512):
@@ -394,20 +415,25 @@ class _HeadLoss(torch.autograd.Function):
             losses[part] = (total - logits.gather(1, picked))[:, 0]
             share = logits.sub_(total).exp_()
             share.scatter_add_(1, picked, torch.full(picked.shape, -1.0))
-            share = (share / x.shape[0]).to(x.dtype)
+            share = (share * weights[part, None]).to(x.dtype)
             grad_x[part] = share @ head
             grad_head += share.t() @ x[part]
         ctx.save_for_backward(grad_x, grad_head.to(head.dtype))
         ctx.mark_non_differentiable(losses)
-        return losses.mean(), losses
+        return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad, grad_head * grad, None
+        return grad_x * grad, grad_head * grad, None, None
 
 
-def head_loss(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy in nats of x [n, hidden] against token ids [n], and the loss of each, without gradient."""
-    result: tuple[Tensor, Tensor] = _HeadLoss.apply(x, head, targets)  # type: ignore[no-untyped-call]
+def head_loss(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross entropy in nats of x [n, hidden] against token ids [n], and the loss of each, without gradient.
+
+    The former is the mean, or the sum under `weights` [n].
+    """
+    if weights is None:
+        weights = torch.full(targets.shape, 1.0 / x.shape[0])
+    result: tuple[Tensor, Tensor] = _HeadLoss.apply(x, head, targets, weights)  # type: ignore[no-untyped-call]
     return result
