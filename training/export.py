@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tenfold.checkpoint import TensorSpec
-from tenfold.config import DeepseekV4Config, parse
+from tenfold.config import ModelConfig, parse
 from tenfold.formats import I64, WeightFormat
 from tenfold.ops import Weight
 from tenfold.quantise import quantize
@@ -36,14 +36,14 @@ def stored(weights: dict[str, Tensor], spec: TensorSpec, form: WeightFormat) -> 
     """One weight of a run, by its official name, in the format it is shipped in."""
     stack, place = stack_name(spec.name)
     values = weights[stack] if place is None else weights[stack][place]
-    if spec.name.endswith(("embed.weight", "gate.tid2eid")):
+    if spec.name.endswith(("embed.weight", "embed_tokens.weight", "gate.tid2eid")):
         # In training every document followed an end mark; a prompt follows a begin mark, so it gets the same rows.
         values = values.clone()
         values[BEGIN_ID] = values[END_ID]
     return Weight(spec.name, spec.shape, I64, values) if form is I64 else quantize(spec.name, values, form)
 
 
-def export(config: DeepseekV4Config, weights: dict[str, Tensor], folder: Path) -> int:
+def export(config: ModelConfig, weights: dict[str, Tensor], folder: Path) -> int:
     """Writes the checkpoint into `folder`, file by file in place of the old ones; returns the bytes of the shard."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as name:
         fresh = Path(name) / "new"
@@ -63,7 +63,6 @@ def main() -> None:
     arguments = parser.parse_args()
     state = torch.load(arguments.state, weights_only=True)
     config = parse(json.loads(state["config"]))
-    assert isinstance(config, DeepseekV4Config)
     num_bytes = export(config, state["weights"], arguments.folder)
     print(json.dumps({"folder": str(arguments.folder), "shard_bytes": num_bytes} | state["progress"]))
 

@@ -72,7 +72,7 @@ class Teacher:
         (self.paragraph_end,) = self._encode(".\n\n")
 
     def batch(self, step: int, count: int, length: int, *, facts: tuple[int, int], span: int = LONGEST) -> Lessons:
-        """`count` lessons of `length` tokens, each with a number of facts within `facts`; positions end before `span`."""
+        """`count` lessons of `length` tokens, each with a number of facts in `facts`; positions end before `span`."""
         rng = np.random.default_rng([self.seed, step])
         numbers = [int(rng.integers(facts[0], facts[1] + 1)) for _ in range(count)]
         known = needle.facts(int(rng.integers(1 << 40)), sum(numbers))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tenfold import config as configuration
-from tenfold.config import DeepseekV4Config
+from tenfold.config import DeepseekV4Config, ModelConfig
 from tenfold.ops import reference
 from tenfold.weights import open_weights
 from training.model import stack_name
@@ -37,9 +37,15 @@ def loaded(folder: Path) -> tuple[DeepseekV4Config, dict[str, Tensor]]:
     return config, {name: torch.stack(parts) if ".experts." in name else parts[0] for name, parts in stacks.items()}
 
 
-def grown(start: Path, config: DeepseekV4Config, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+def grown(start: Path, config: ModelConfig, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
     """`fresh` first values of `config` with all of the checkpoint `start` in them that has its place there."""
     old_config, old = loaded(start)
+    if not isinstance(config, DeepseekV4Config):
+        return (
+            fresh
+            | {f"model.{name}.weight": old[f"{same}.weight"] for name, same in _V32_SAME}
+            | {"lm_head.weight": old["head.weight"]}
+        )
     new_layers = config.num_hidden_layers - old_config.num_hidden_layers
     found = {}
     for name, value in fresh.items():
@@ -47,6 +53,9 @@ def grown(start: Path, config: DeepseekV4Config, fresh: dict[str, Tensor]) -> di
         mine = old.get(source)
         found[name] = _quiet(name, value) if mine is None else _placed(name, value, mine, old_config, config)
     return found
+
+
+_V32_SAME = (("embed_tokens", "embed"), ("norm", "norm"))
 
 
 def _source(name: str, new_layers: int) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold import checkpoint
 from tenfold.checkpoint import TensorSpec
-from tenfold.config import DeepseekV4Config, LayerSpec, RopeSpec, parse
+from tenfold.config import DeepseekV4Config, LayerSpec, ModelConfig, RopeSpec, parse
 from tenfold.formats import F32, I64, kv_row_v4
 from tenfold.models.blocks import Binder, rope_frequencies
 from tenfold.models.deepseek_v4 import Attention, Compressor, DeepseekV4
@@ -23,7 +23,20 @@ from tenfold.ops import Experts, Weight, reference
 from tenfold.step import Step
 from training.ops import TILE, TrainingOps, attend, head_loss, rope_tables, stored_rows
 
-__all__ = ["Batch", "TrainingModel", "best_entries", "initial", "stack_name", "tiny_config"]
+__all__ = [
+    "Asked",
+    "Batch",
+    "Noted",
+    "StackBinder",
+    "TrainingModel",
+    "best_entries",
+    "index_loss",
+    "initial",
+    "recall_loss",
+    "scores_of_asked",
+    "stack_name",
+    "tiny_config",
+]
 
 INDEX_LOSS_STRIDE = 4  # one query in so many teaches the indexer
 
@@ -101,11 +114,11 @@ def tiny_config(**changes: object) -> DeepseekV4Config:
 
 def stack_name(name: str) -> tuple[str, int | None]:
     """The name of the stack an expert's weight lies in, and its place there; other weights stand alone."""
-    match = re.fullmatch(r"(.*\.experts\.)(\d+)\.(w[123]\.weight)", name)
+    match = re.fullmatch(r"(.*\.experts\.)(\d+)\.(\w+\.weight)", name)
     return (match[1] + match[3], int(match[2])) if match else (name, None)
 
 
-def initial(config: DeepseekV4Config, seed: int) -> dict[str, Tensor]:
+def initial(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """First values of all weights, float32 by name (expert stacks, and the int64 tables of hash layers)."""
     generator = torch.Generator().manual_seed(seed)
     stacks: dict[str, list[Tensor]] = {}
@@ -114,23 +127,24 @@ def initial(config: DeepseekV4Config, seed: int) -> dict[str, Tensor]:
     return {name: torch.stack(parts) if ".experts." in name else parts[0] for name, parts in stacks.items()}
 
 
-def _first_values(spec: TensorSpec, config: DeepseekV4Config, generator: torch.Generator) -> Tensor:
+def _first_values(spec: TensorSpec, config: ModelConfig, generator: torch.Generator) -> Tensor:
     name, shape = spec.name, spec.shape
     noise: Tensor = torch.randn(shape, generator=generator) if spec.formats[0] is not I64 else torch.empty(0)
     if name.endswith("tid2eid"):
         table = torch.rand(shape[0], config.n_routed_experts, generator=generator)
         return table.argsort(1)[:, : shape[1]].contiguous()
     if "hc_" in name:
+        assert isinstance(config, DeepseekV4Config)
         return _first_hyper(name, shape, config.hc_mult, noise)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
-    if name.endswith(("attn_sink", "gate.bias")):
+    if name.endswith(("attn_sink", "gate.bias", "k_norm.bias", "e_score_correction_bias")):
         return torch.zeros(shape)
     if name.endswith(".ape"):
         return 0.02 * noise
-    if name == "embed.weight":
+    if name in ("embed.weight", "model.embed_tokens.weight"):
         return 0.5 * noise
-    quiet = name == "head.weight" or name.endswith((".wo_b.weight", "w2.weight"))
+    quiet = name.endswith(("head.weight", ".wo_b.weight", ".w2.weight", ".o_proj.weight", ".down_proj.weight"))
     return noise * ((0.1 if quiet else 1.0) / math.sqrt(shape[1]))
 
 
@@ -147,7 +161,7 @@ def _first_hyper(name: str, shape: tuple[int, ...], m: int, noise: Tensor) -> Te
     return base
 
 
-class _StackBinder(Binder):
+class StackBinder(Binder):
     """Binds the experts of a layer as stacks."""
 
     __slots__ = ()
@@ -231,20 +245,20 @@ class TrainingModel:
         def take(name: str) -> Weight:
             return Weight(name, tuple(weights[name].shape), I64 if name.endswith("tid2eid") else F32, weights[name])
 
-        bind = _StackBinder(take, ops, resident=True, exact=True)  # type: ignore[arg-type]
+        bind = StackBinder(take, ops, resident=True, exact=True)  # type: ignore[arg-type]
         self.network = DeepseekV4(config, bind)
         for block, layer in zip(self.network.blocks, config.layers, strict=True):
             prefix = f"layers.{layer.index}."
             block.attn = TrainingAttention(config, layer, bind, prefix + "attn.", self)
             if layer.router == "learned":
-                block.ffn.ops = _Counting(ops, prefix + "ffn.gate.bias")  # type: ignore[assignment]
+                block.ffn.ops = Noted(ops, prefix + "ffn.gate.bias")  # type: ignore[assignment]
 
     def hidden(self, batch: Batch) -> Tensor:
         """The last normed activations [n, hidden]."""
         network, c, ops = self.network, self.config, self.ops
         h = ops.embed(batch.ids, network.embed)[:, None, :].repeat(1, c.hc_mult, 1)
         for block in network.blocks:
-            if isinstance(block.ffn.ops, _Counting):
+            if isinstance(block.ffn.ops, Noted):
                 block.ffn.ops.loads = batch.loads
             h = block.forward(h, batch)
         head = network.hc_head_fn, network.hc_head_base, network.hc_head_scale, network.norm
@@ -290,7 +304,7 @@ class TrainingModel:
         return head_loss(self.hidden(batch), head, targets.flatten(), weights)
 
 
-class _Counting:
+class Noted:
     """The operations of a layer with a learned router, which notes how many tokens each expert was given."""
 
     def __init__(self, ops: TrainingOps, bias_name: str) -> None:
@@ -346,11 +360,11 @@ class TrainingAttention(Attention):
             q, rows, entries, self.attn_sink.data, chosen, self.layer.ratio, scale, teach, step.leaps, copies
         )
         if teach:
-            step.index_losses.append(_index_loss(*index, shares))
+            step.index_losses.append(index_loss(*index, shares))
         if recall:
             mine, every = _of_asked(step, q[:, :, : self.owner.recall_heads] * scale, entries)
-            step.recall_losses["attention"] = _recall_loss(step, torch.einsum("nhd,ed->nhe", mine, every))
-            step.recall_losses["indexer"] = _recall_loss(step, _scores_of_asked(step, *index)[:, None])
+            step.recall_losses["attention"] = recall_loss(step, torch.einsum("nhd,ed->nhe", mine, every))
+            step.recall_losses["indexer"] = recall_loss(step, scores_of_asked(step, *index)[:, None])
         return out
 
     def look_up(self, x: Tensor, step: Batch) -> Tensor:
@@ -368,9 +382,9 @@ class TrainingAttention(Attention):
         rows = self._kept(ops.norm_rope(kv, self.kv_norm.data, c.rms_norm_eps, cos, sin)[:, :, 0]).flatten(0, 1)
         entries = self._kept(self._entries(self.compressor, x, step)).flatten(0, 1)
         scores = torch.einsum("nhd,ed->nhe", q, entries)
-        step.recall_losses["attention"] = _recall_loss(step, scores[:, : self.owner.recall_heads])
+        step.recall_losses["attention"] = recall_loss(step, scores[:, : self.owner.recall_heads])
         index = self._index(x.detach(), q_latent.detach(), step)
-        step.recall_losses["indexer"] = _recall_loss(step, _scores_of_asked(step, *index)[:, None])
+        step.recall_losses["indexer"] = recall_loss(step, scores_of_asked(step, *index)[:, None])
         near = asked[:, None] - torch.arange(TILE)
         outside = (near < 0) | (step.positions[near.clamp(min=0)] <= step.positions[asked, None] - TILE)
         outside |= near // step.length != asked[:, None] // step.length
@@ -428,14 +442,14 @@ def _of_asked(step: Batch, q: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
     return q.flatten(0, 1)[step.asked.tokens], entries.flatten(0, 1)
 
 
-def _scores_of_asked(step: Batch, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+def scores_of_asked(step: Batch, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """Index scores [n, entries of all sequences]."""
     mine, every = _of_asked(step, q, keys)
     raw = (mine @ every.t()).relu()
     return (weights.flatten(0, 1)[step.asked.tokens][:, :, None] * raw).sum(1)  # type: ignore[union-attr]
 
 
-def _recall_loss(step: Batch, scores: Tensor) -> Tensor:
+def recall_loss(step: Batch, scores: Tensor) -> Tensor:
     """Minus the logarithm of the share that goes to the entries which hold what is asked for.
 
     scores [n, heads, entries of all sequences]: the other sequences' are so many more that are none.
@@ -484,7 +498,7 @@ def best_entries(q: Tensor, weights: Tensor, keys: Tensor, topk: int) -> Tensor:
     return chosen
 
 
-def _index_loss(q: Tensor, weights: Tensor, keys: Tensor, shares: Tensor) -> Tensor:
+def index_loss(q: Tensor, weights: Tensor, keys: Tensor, shares: Tensor) -> Tensor:
     """Cross entropy of the indexer's softmax against the attention's shares, for a part of the queries."""
     length, entries = q.shape[1], keys.shape[1]
     positions = torch.arange(INDEX_LOSS_STRIDE - 1, length, INDEX_LOSS_STRIDE)

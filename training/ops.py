@@ -35,6 +35,9 @@ class TrainingOps:
         self.rotate = _maybe_compiled(_rotate_tail, compiled)
         self.pool = _maybe_compiled(_pool, compiled)
 
+    def dequantize(self, weight: Weight) -> Tensor:
+        return weight.data
+
     def prepare(self, weight: Weight, resident: bool) -> Weight:
         return weight
 
@@ -90,12 +93,14 @@ class TrainingOps:
         weights: Tensor,
         bank: Experts,
         *,
-        limit: float,
+        limit: float | None,
         weigh_first: bool,
         shared: Experts | None = None,
     ) -> Tensor:
-        """Every pair of token and expert once, in the order of the experts; `weigh_first` is V4's order."""
-        assert weigh_first
+        """Every pair of token and expert once, in the order of the experts.
+
+        Weighing before the last projection, as V4 does, or behind it, as V3.2 does, is the same without rounding.
+        """
         w1, w2, w3 = (stack[0].data.to(self.dtype) for stack in (bank.w1, bank.w2, bank.w3))
         pairs = ids.flatten()
         order = pairs.argsort()
@@ -110,7 +115,7 @@ class TrainingOps:
             return combined
         return combined + self.feed_forward(x, shared.w1[0], shared.w2[0], shared.w3[0], limit)
 
-    def feed_forward(self, x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float) -> Tensor:
+    def feed_forward(self, x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:
         ones = torch.ones(x.shape[0])
         return self.linear(self._gate(self.linear(x, w1), self.linear(x, w3), ones, limit), w2)
 
@@ -194,9 +199,12 @@ def _hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> 
     return torch.stack(rows, 1).to(streams.dtype)
 
 
-def _gated(gate: Tensor, up: Tensor, weight: Tensor, limit: float) -> Tensor:
-    wide = functional.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
-    return (wide * weight[:, None]).to(gate.dtype)
+def _gated(gate: Tensor, up: Tensor, weight: Tensor, limit: float | None) -> Tensor:
+    gate, up, dtype = gate.float(), up.float(), gate.dtype
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    wide = functional.silu(gate) * up
+    return (wide * weight[:, None]).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ experts

@@ -21,11 +21,12 @@ import torch._dynamo
 from torch import Tensor
 
 from tenfold import checkpoint
-from tenfold.config import DeepseekV4Config
+from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
 from training.data import WORK
 from training.facts import DIGITS, Lessons, Teacher
 from training.grow import grown
 from training.model import Asked, Batch, TrainingModel, initial, stack_name
+from training.model_v32 import TrainingModelV32
 from training.models import CONFIGS
 from training.ops import TrainingOps
 from training.train import BALANCE_RATE, rounded
@@ -112,11 +113,15 @@ def token_weights(lessons: Lessons, plan: Plan) -> Tensor:
 class Pupil:
     """The weights, their optimiser, and one step after the other."""
 
-    def __init__(self, config: DeepseekV4Config, weights: dict[str, Tensor], plan: Plan, teacher: Teacher) -> None:
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], plan: Plan, teacher: Teacher) -> None:
         self.config, self.plan, self.teacher = config, plan, teacher
         self.forms = {stack_name(s.name)[0]: s.formats[0] for s in checkpoint.tensors(config)}
         self.masters = {n: v.clone().requires_grad_() if v.is_floating_point() else v for n, v in weights.items()}
-        self.fixed = {n: v for n, v in self.masters.items() if not v.is_floating_point() or n.endswith("gate.bias")}
+        self.fixed = {
+            n: v
+            for n, v in self.masters.items()
+            if not v.is_floating_point() or n.endswith(("gate.bias", "correction_bias"))
+        }
         for value in self.fixed.values():
             value.requires_grad_(False)
         self.learnt = {n: v for n, v in self.masters.items() if n not in self.fixed}
@@ -127,7 +132,6 @@ class Pupil:
         self.optimiser = torch.optim.AdamW(parts, betas=(0.9, 0.97), weight_decay=0.01, fused=True)
         self.leaves = dict(self.masters)
         self.ops = TrainingOps(torch.float32, compiled=False)
-        self.models: dict[bool, TrainingModel] = {}
         self.progress = Progress()
 
     def _rate(self, name: str) -> float:
@@ -154,17 +158,17 @@ class Pupil:
         at.tokens += stage.count * stage.length
         return found
 
-    def model(self, quantised: bool) -> TrainingModel:
+    def model(self, quantised: bool) -> TrainingModel | TrainingModelV32:
         """Over the weights as they are, or as they will be stored."""
-        if quantised:
-            leaves = dict(self.fixed)
-            for name, value in self.learnt.items():
-                kept = rounded(value.detach(), self.forms[name])
-                leaves[name] = value + (kept - value).detach()
-            return TrainingModel(self.config, leaves, self.ops, True)
-        if False not in self.models:
-            self.models[False] = TrainingModel(self.config, self.masters, self.ops, False)
-        return self.models[False]
+        weights = dict(self.fixed)
+        for name, value in self.learnt.items():
+            weights[name] = value
+            if quantised:
+                weights[name] = value + (rounded(value.detach(), self.forms[name]) - value).detach()
+        if isinstance(self.config, DeepseekV32Config):
+            return TrainingModelV32(self.config, weights, self.ops, quantised)
+        assert isinstance(self.config, DeepseekV4Config)
+        return TrainingModel(self.config, weights, self.ops, quantised)
 
     def _look_up(self, lessons: Lessons, quantised: bool) -> dict[str, float]:
         plan = self.plan
