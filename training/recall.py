@@ -192,7 +192,7 @@ class Pupil:
             self.fixed[name] += BALANCE_RATE * torch.sign(load.mean() - load)
         found = _found(each[lessons.asked], recall) | {"text": float(each[lessons.is_text.flatten()].mean())}
         if batch.index_losses:
-            found["index"] = float(sum(float(x) for x in batch.index_losses) / len(batch.index_losses))
+            found["index"] = float(torch.stack(batch.index_losses).detach().mean())
         return found
 
     def save(self, folder: Path) -> None:

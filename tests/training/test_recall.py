@@ -13,10 +13,19 @@ from training.bpe import END_ID, TOKENIZER_DIR, encode
 from training.data import DOCUMENT
 from training.export import export
 from training.facts import DIGITS, LONGEST, Lessons, Teacher
-from training.model import Asked, Batch, TrainingModel, initial, tiny_config
+from training.model import Asked, Batch, TrainingModel, initial, stack_name, tiny_config
+from training.model_v32 import TrainingModelV32
+from training.models import CONFIGS
 from training.ops import TILE, TrainingOps, attend
 from training.recall import Plan, Pupil, Stage, token_weights
 
+from tenfold import config as configuration
+from tenfold.config import DeepseekV32Config
+from tenfold.formats import F32
+from tenfold.models import Binder, build
+from tenfold.ops import Weight, reference
+from tenfold.step import Span, Step
+from tenfold.streams import Streams
 from training import grow
 
 PLAIN = TrainingOps(torch.float32, compiled=False)
@@ -114,6 +123,28 @@ def test_a_grown_network_computes_what_it_did(tmp_path: Path, monkeypatch: pytes
         found = TrainingModel(larger, new, PLAIN, quantised=False).logits(ids)
     # the streams of a new layer keep almost to themselves
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_v32_is_trained_as_the_engine_computes_it() -> None:
+    raw = CONFIGS["tiny-v3.2"].raw | {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "index_topk": 512}
+    config = configuration.parse(raw)
+    assert isinstance(config, DeepseekV32Config)
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: v + 0.1 * torch.randn(v.shape, generator=generator) for n, v in initial(config, 0).items()}
+
+    def take(name: str) -> Weight:
+        stack, place = stack_name(name)
+        value = weights[stack] if place is None else weights[stack][place]
+        return Weight(name, tuple(value.shape), F32, value)
+
+    ids = torch.randint(64, (1, 200), generator=generator)
+    everything = torch.arange(200)
+    streams = Streams(config, 200, exact=True)
+    step = Step(ids[0], everything, (Span(streams, 0, 200, 0),), everything, 200)
+    with torch.no_grad():
+        wanted = build(config, Binder(take, reference, resident=True, exact=True)).forward(step)
+        found = TrainingModelV32(config, weights, PLAIN, quantised=False).logits(ids)
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 LARGER = {
