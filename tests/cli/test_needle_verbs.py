@@ -99,7 +99,9 @@ def test_eval_refuses_what_cannot_be(model: Path, tmp_path: Path) -> None:
     assert "--api" in refused("eval", "needle", "--endpoint", "http://127.0.0.1:9", "--api", "soap")
     assert "is the server running" in refused("eval", "needle", "--endpoint", "http://127.0.0.1:9", code=1)
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
-    assert "does not hold results" in refused("eval", "needle", model, "--out", tmp_path / "other.json")
+    assert "does not hold results" in refused(
+        "eval", "needle", model, "--lengths", "512", "--out", tmp_path / "other.json"
+    )
 
 
 def test_the_heat_map_follows_the_theme_and_shows_every_cell(tmp_path: Path) -> None:
