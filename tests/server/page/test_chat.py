@@ -308,6 +308,24 @@ def test_the_longest_answer_is_no_error(tab: Any, server: FakeServer) -> None:
     expect(last(tab).locator(".note")).to_have_class("note")
 
 
+def test_an_empty_answer_is_said(tab: Any, server: FakeServer) -> None:
+    server.play([ending(5, 0)])
+    ask(tab, "Why?")
+    expect(last(tab).locator(".note")).to_have_text("The answer is empty.")
+    expect(last(tab).locator(".note")).to_have_class("note")
+
+
+def test_escape_stops_after_a_key_was_asked_for(tab: Any, server: FakeServer) -> None:
+    """The settings were opened for the key; on a wide screen there is no menu that Escape could close instead."""
+    server.play(JSONResponse({"error": {"message": "No key."}}, 401), [*words("Half"), threading.Event()])
+    ask(tab, "Why?")
+    expect(tab.locator("#key")).to_be_focused()
+    tab.get_by_role("button", name="Regenerate").click()
+    expect(last(tab)).to_contain_text("Half")
+    tab.keyboard.press("Escape")
+    expect(last(tab).locator(".note")).to_have_text("Stopped.")
+
+
 def test_the_key_is_asked_for_and_kept_for_the_session(opened: Any, server: FakeServer) -> None:
     server.key = "sesame"
     tab = opened()

@@ -40,24 +40,28 @@ export async function* events(body) {
   let rest = "";
   let event = "message";
   let data = [];
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    rest += value;
-    // a lone \r at the end may be half of a \r\n
-    const lines = rest.split(/\r\n|\n|\r(?!$)/);
-    rest = lines.pop();
-    for (const line of lines) {
-      if (line === "") {
-        if (data.length) yield { event, data: data.join("\n") };
-        event = "message";
-        data = [];
-      } else {
-        const [, field, content] = /^([^:]*):? ?(.*)$/s.exec(line);
-        if (field === "event") event = content;
-        if (field === "data") data.push(content);
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      rest += value;
+      // a lone \r at the end may be half of a \r\n
+      const lines = rest.split(/\r\n|\n|\r(?!$)/);
+      rest = lines.pop();
+      for (const line of lines) {
+        if (line === "") {
+          if (data.length) yield { event, data: data.join("\n") };
+          event = "message";
+          data = [];
+        } else {
+          const [, field, content] = /^([^:]*):? ?(.*)$/s.exec(line);
+          if (field === "event") event = content;
+          if (field === "data") data.push(content);
+        }
       }
     }
+  } finally {
+    reader.cancel().catch(() => {}); // whoever stops listening closes the connection
   }
 }
 

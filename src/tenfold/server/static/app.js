@@ -43,6 +43,7 @@ async function answer(asked) {
       if (asked === current) showProgress(run);
     }
     if (message.note === INTERRUPTED) settle(message, "", false);
+    if (!message.text && !message.note) settle(message, "The answer is empty.", false);
   } catch (error) {
     settle(message, ending(error, message), error.name !== "AbortError");
     if (error instanceof Trouble && error.status === 401) askForKey();
@@ -326,7 +327,7 @@ at("scroll").addEventListener("scroll", () => {
 
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented) return;
-  if (document.body.classList.contains("menu")) {
+  if (document.body.classList.contains("menu") && at("menu").checkVisibility()) {
     showMenu(false);
     at("menu").focus();
   } else {
