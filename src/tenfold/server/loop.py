@@ -20,6 +20,7 @@ import torch
 
 from tenfold.engine import Engine
 from tenfold.errors import DoesNotFit, RunError, TenfoldError, UsageError
+from tenfold.planner.anatomy import dissect, loaded
 from tenfold.scheduler import Plan, Policy, QueueFull, Read, Scheduler
 from tenfold.server.task import Matcher, ReadingPace, Task
 from tenfold.server.wire import (
@@ -41,6 +42,7 @@ __all__ = ["Grammars", "Loop", "policy_of"]
 
 _REST_S = 0.25
 _PULSE_EVERY_S = 0.4
+_TICK_EVERY_S = 0.05
 _QUEUE_EVERY_S = 1.0
 _TYPICAL_CONTEXT = 1 << 16
 _LEAST_STREAMED_TOKENS = 4096
@@ -87,6 +89,7 @@ class Loop:
     ) -> None:
         self.engine, self.policy, self.inbox, self.grammars = engine, policy, inbox, grammars
         self.scheduler = Scheduler(policy)
+        self._anatomy = dissect(engine.config, loaded)
         self.pulse = Heartbeat(0, 0, 0, 0, 0, 0)
         self.steps = 0
         self.closing = False
@@ -97,7 +100,7 @@ class Loop:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._store_bytes = 0
         self._newcomers = False
-        self._pulsed_s = self._queued_s = 0.0
+        self._pulsed_s = self._queued_s = self._ticked_s = 0.0
 
     def run(self) -> None:
         """Until it is told to shut down; what was read is then on its way to the store."""
@@ -142,6 +145,14 @@ class Loop:
                 message = self.inbox.get_nowait()
         except queue.Empty:
             return
+
+    def _has_news(self) -> bool:
+        """Whether there may be something to do within a pass: small models tick a thousand times a second."""
+        now = time.monotonic()
+        if self.inbox.empty() and now - self._ticked_s < _TICK_EVERY_S:
+            return False
+        self._ticked_s = now
+        return True
 
     def _take(self, message: Message | Callable[[], None]) -> None:
         match message:
@@ -222,7 +233,7 @@ class Loop:
         cached = task.live.length
         self.scheduler.resumed(task.id, cached)
         self._say(Admitted(task.id, cached))
-        task.pace = ReadingPace.of(task, cached)
+        task.pace = ReadingPace.of(task, self._anatomy, cached)
         if cached == len(task.prompt):
             self._sample(task)
 
@@ -242,6 +253,8 @@ class Loop:
         """A token for each; the pass is cut short only if nobody wants any of them."""
 
         def tick(share: float) -> None:
+            if not self._has_news():
+                return
             self._receive()
             self._report()
             if all(task.over for task in tasks):
@@ -257,6 +270,8 @@ class Loop:
         parts = {self._tasks[read.job]: read for read in reads if not self._tasks[read.job].over}
 
         def tick(share: float) -> None:
+            if not self._has_news():
+                return
             self._receive()
             for task, read in parts.items():
                 if task.pace is not None and task.pace.is_due and not task.over:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tenfold.engine import Engine, Session
 from tenfold.errors import ContextTooLong, InputError, UsageError
+from tenfold.planner import Anatomy
 from tenfold.planner.work import RAW, step_work, total_flops
 from tenfold.sampler import Sampler, SamplingParams
 from tenfold.server.wire import Job, Progress, Token
@@ -132,9 +133,8 @@ class ReadingPace:
     _marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_WINDOW_MARKS))
 
     @classmethod
-    def of(cls, task: Task, done: int) -> ReadingPace:
-        config = task.engine.config
-        pace = cls(len(task.prompt), lambda position: total_flops(step_work(config, 0, position), RAW))
+    def of(cls, task: Task, anatomy: Anatomy, done: int) -> ReadingPace:
+        pace = cls(len(task.prompt), lambda position: total_flops(step_work(anatomy, 0, position), RAW))
         pace._marks.append((time.monotonic(), done))
         return pace
 
@@ -147,8 +147,8 @@ class ReadingPace:
         self._marks.append((now, done))
         then, before = self._marks[0]
         seconds, tokens = max(now - then, 1e-9), done - before
-        if tokens <= 0:
-            return Progress(job_id, done, self.total, 0.0, None)
+        if tokens <= 0 or done == self.total:
+            return Progress(job_id, done, self.total, round(max(0, tokens) / seconds, 2), 0.0 if tokens > 0 else None)
         here = self.work_before(done)
         rate = (here - self.work_before(before)) / seconds
         eta_s = (self.work_before(self.total) - here) / rate
