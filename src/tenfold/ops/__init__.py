@@ -19,7 +19,7 @@ from tenfold import _native
 from tenfold.errors import BackendMissing, UsageError
 from tenfold.formats import RowLayout, WeightFormat
 
-__all__ = ["BACKENDS", "Experts", "Ops", "Rows", "Stack", "Weight", "select"]
+__all__ = ["BACKENDS", "BatchOps", "Experts", "Ops", "Rows", "Stack", "Weight", "device_of", "select"]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -56,6 +56,7 @@ class Rows:
     """Packed rows an attention call reads, and which of them each query sees.
 
     Query i sees rows `start[i]` to `stop[i]` - 1, or the rows `index[i]` lists (int32, -1 = none, at the end).
+    Where each query has rows of its own, `packed` is int64 [n], their addresses, and `most` the rows of any.
     """
 
     packed: Tensor
@@ -63,6 +64,7 @@ class Rows:
     start: Tensor | None = None
     stop: Tensor | None = None
     index: Tensor | None = None
+    most: int | None = None
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,9 @@ class Rows:
     @property
     def columns(self) -> int:
         """The most rows any query sees."""
-        return self.packed.shape[0] if self.index is None else self.index.shape[1]
+        if self.index is not None:
+            return self.index.shape[1]
+        return self.packed.shape[0] if self.most is None else self.most
 
     def part(self, queries: slice) -> Rows:
         """The same rows for some of the queries."""
@@ -241,6 +245,62 @@ class Ops(Protocol):
         """w2(silu(w1 x) * w3 x) -> [n, d]; the dense layers."""
 
 
+class BatchOps(Ops, Protocol):
+    """What a backend offers beside that takes one token each of many sessions at once and asks the device nothing.
+
+    Sessions' memory is given by addresses, int64 [n]; `Rows` may be such a table.
+    """
+
+    def select_rows(
+        self,
+        q: Tensor,
+        weights: Tensor,
+        keys: Tensor,
+        layout: RowLayout,
+        visible: Tensor,
+        topk: int,
+        most: int | None = None,
+    ) -> Tensor:
+        """As in `Ops`; keys may be addresses of each query's own, of which there are `most` at most.
+
+        int32 [n, min(topk, rows there are)]: there may be more -1 at the end.
+        """
+
+    def sparse_attention(
+        self,
+        q: Tensor,
+        sources: Sequence[Rows],
+        sink: Weight | None,
+        scale: float,
+        value_dim: int,
+        position: int | Tensor,
+        frequencies: Tensor | None = None,
+    ) -> Tensor:
+        """As in `Ops`; `position` may be each query's own."""
+
+    def store_rows(self, rows: Tensor, addresses: Tensor, places: Tensor, ring: int | None = None) -> None:
+        """Row i of rows, uint8 [n, row_bytes], to row places[i] at its address; with `ring` modulo that, twice: into
+        either of the two copies that lie there."""
+
+    def compress_step(
+        self,
+        values: Tensor,
+        gates: Tensor,
+        states: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        ratio: int,
+        overlap: bool,
+        norm: Weight,
+        eps: float,
+        frequencies: Tensor,
+        layout: RowLayout,
+        spread: bool,
+    ) -> None:
+        """Adds values and gates [n, width] of the tokens at `positions` to the compressor states at `states`; where one
+        completes a group, its entry goes as by `compress` and `norm_rope_pack` to its place in the rows at `rows`."""
+
+
 def select(name: str, *, exact: bool) -> tuple[str, Ops]:
     """The backend called `name`, with the name it resolves to; one that is missing is an error, never replaced.
 
@@ -261,6 +321,12 @@ def select(name: str, *, exact: bool) -> tuple[str, Ops]:
     if name == "triton":
         return name, _triton(exact)
     raise UsageError(f"unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}")
+
+
+def device_of(ops: Ops) -> torch.device:
+    """Where a backend's tensors live: the CPU, unless it says otherwise."""
+    device: torch.device = getattr(ops, "device", torch.device("cpu"))
+    return device
 
 
 def _triton(exact: bool) -> Ops:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops import Weight, reference
-from tenfold.ops.triton import compress, experts, hyper, linear, route, rows
+from tenfold.ops.triton import attention, compress, experts, hyper, index, linear, route, rows, sessions
 from tenfold.ops.triton.lowp import INTERPRET
 
 __all__ = ["Triton"]
@@ -45,6 +45,10 @@ class Triton:
     hc_collapse = staticmethod(hyper.hc_collapse)
     compress = staticmethod(compress.compress)
     route = staticmethod(route.route)
+    select_rows = staticmethod(index.select_rows)
+    sparse_attention = staticmethod(attention.sparse_attention)
+    store_rows = staticmethod(sessions.store_rows)
+    compress_step = staticmethod(sessions.compress_step)
 
     def __init__(self, *, exact: bool) -> None:
         self.device = torch.device("cpu" if INTERPRET.value else "cuda")
