@@ -25,6 +25,8 @@ _ID_BYTES = 4 + 2 * 8 + 32
 """A token id as the session keeps it, and on its way in: in two lists of references, to a number of Python."""
 _MOST_KERNEL_SCRATCH_BYTES = 64 << 20
 _SLACK_BYTES = 16 << 20
+_GPU_TILE_TOKENS = 4096
+_GPU_SCRATCH_BYTES = 8 << 30
 _RESTORE_POINTS = 8
 
 
@@ -34,12 +36,14 @@ class Budget:
 
     `weights_bytes` are pages of mapped files: the system keeps as many of them as it has room for and drops them when
     it has not, so they are told but not charged. `streamed` says that they do not all fit beside the rest.
+    With `on_gpu` all of it is the GPU's, weights included, which are part of `base_bytes`.
     """
 
     memory_bytes: int
     base_bytes: int
     weights_bytes: int
     streamed: bool
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def fit(config: ModelConfig, context: int, budget: Budget, *, exact: bool = Fals
 
     Raises DoesNotFit with the longest context that fits and the memory this one needs.
     """
-    tile = _tile_tokens(config)
+    tile = _GPU_TILE_TOKENS if budget.on_gpu else _tile_tokens(config)
     while tile > _LEAST_TILE_TOKENS and _need(config, context, tile, tile, budget, exact).total_bytes > _room(budget):
         tile //= 2
     least = _need(config, context, tile, tile, budget, exact)
@@ -126,7 +130,7 @@ def _need(config: ModelConfig, context: int, chunk: int, tile: int, budget: Budg
         ids_bytes=context * _ID_BYTES,
         points_bytes=_RESTORE_POINTS * (stream_bytes(config, 0, exact=exact) + 4 * config.vocab_size),
         residual_bytes=_residual_bytes(config, chunk),
-        scratch_bytes=_scratch_bytes(config, tile),
+        scratch_bytes=_scratch_bytes(config, tile, _GPU_SCRATCH_BYTES if budget.on_gpu else _MOST_KERNEL_SCRATCH_BYTES),
     )
 
 
@@ -158,11 +162,11 @@ def _residual_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * streams * config.hidden_size * tokens
 
 
-def _scratch_bytes(config: ModelConfig, tile: int) -> int:
+def _scratch_bytes(config: ModelConfig, tile: int, most_kernel_bytes: int) -> int:
     """What a tile needs on its way through a layer, float32, and what kernels take for themselves."""
     width = config.hidden_size + 3 * config.moe_intermediate_size
     routed = 4 * tile * config.num_experts_per_tok * width
-    return 4 * _token_numbers(config) * tile + min(routed, _MOST_KERNEL_SCRATCH_BYTES) + _SLACK_BYTES
+    return 4 * _token_numbers(config) * tile + min(routed, most_kernel_bytes) + _SLACK_BYTES
 
 
 def _token_numbers(config: ModelConfig) -> int:

@@ -33,7 +33,9 @@ def pretend(session: Session, length: int, seed: int = 0) -> None:
         elif spec.fixed_rows:
             fixed[key] = _rows(layout, spec.fixed_rows, generator)
         else:
-            _fill(session.streams.rows(*key).data[: spec.rows_at(length)], layout, generator)
+            stream = session.streams.rows(*key)
+            stream.make_room(spec.rows_at(length))
+            _fill(stream.data[: spec.rows_at(length)], layout, generator)
     logits = torch.zeros(session.engine.config.vocab_size)
     session.restore(Snapshot(session.engine, (0,) * length, RestorePoint(length, fixed), {}, logits))
 

@@ -23,6 +23,7 @@ from tenfold import config as configuration
 from tenfold.budget import Budget, Need, fit, longest
 from tenfold.config import ModelConfig
 from tenfold.counting import CountingOps, counting
+from tenfold.decoding import Decoder, Place, can_decode
 from tenfold.errors import ContextTooLong, InputError, UsageError
 from tenfold.keeping import Keeper, Kept, timeline_of
 from tenfold.machine import Machine, anonymous_bytes, this_machine
@@ -46,6 +47,11 @@ _POINT_EVERY_TOKENS = 128
 _REPORT_EVERY_S = 0.2
 _KEEP_EVERY_S, _KEEP_EVERY_TOKENS = 10.0, 16384
 _LEAST_RESERVE_BYTES = 1 << 30
+
+_GPU_SWIFTNESS = 500
+"""Times as much as two cores a GPU does in a third of a second."""
+
+_CPU = torch.device("cpu")
 
 Progress = Callable[[int], None]
 """Called with the number of tokens read so far: after each chunk, and a few times a second within one."""
@@ -80,6 +86,8 @@ class Engine:
         chunk_tokens: int | None = None,
         counter: CountingOps | None = None,
         keeper: Keeper | None = None,
+        device: torch.device = _CPU,
+        decoder: Decoder | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -88,7 +96,9 @@ class Engine:
         self.budget = budget
         self.chunk_tokens = chunk_tokens
         self.keeper = keeper
+        self.device = device
         self._counter = counter
+        self.decoder = decoder
 
     @classmethod
     def load(
@@ -113,8 +123,9 @@ class Engine:
         """
         exact = checked_numerics(numerics) == "exact"
         name, operations = ops.select(backend, exact=exact)
+        device = ops.device_of(operations)
         machine = this_machine()
-        allowed = _default_memory(machine) if memory is None else parse_bytes(memory)
+        allowed = _default_memory(machine, device) if memory is None else parse_bytes(memory)
         num_threads = machine.threads(threads)
         torch.set_num_threads(min(torch.get_num_threads(), num_threads) if threads is None else num_threads)
         config = configuration.load(source)
@@ -123,17 +134,28 @@ class Engine:
         counter = None
         if count:
             operations, counter = counting(operations, config)
-        bind = Binder(weights.take, operations, resident, exact=exact)
-        model = build(config, bind)
+        model = build(config, Binder(weights.take, operations, resident, exact=exact, device=device))
         weights.finish()
         weights_bytes = sum(info.num_bytes for info in weights)
-        streamed = weights_bytes > machine.ram_available_bytes
-        budget = Budget(allowed, anonymous_bytes(), weights_bytes, streamed)
+        budget = _budget(allowed, weights_bytes, machine, device)
+        decoder = None
+        if not count and can_decode(operations):
+            decoder = Decoder(config, model, operations, exact, device)
         keeper = None
         if store is not None:
             opened = store if isinstance(store, Store) else Store(Path(store))
             keeper = Keeper(opened, timeline_of(configuration.locate(source), config, weights, exact))
-        return cls(config, model, backend=name, exact=exact, budget=budget, counter=counter, keeper=keeper)
+        return cls(
+            config,
+            model,
+            backend=name,
+            exact=exact,
+            budget=budget,
+            counter=counter,
+            keeper=keeper,
+            device=device,
+            decoder=decoder,
+        )
 
     @property
     def counted(self) -> tuple[Work, ...]:
@@ -182,28 +204,43 @@ class Engine:
         self, batch: Mapping[Session, list[int]], every: bool, tick: Callable[[float], None] | None = None
     ) -> Tensor:
         """One forward pass; a session whose pass is cut short is put right before its next use."""
+        for session in batch:
+            session.ready()
+        if self.decoder is not None and all(len(ids) == 1 for ids in batch.values()):
+            return self._write(batch, self.decoder)
         spans, start = [], 0
         for session, ids in batch.items():
-            session.ready()
             spans.append(Span(session.streams, start, start + len(ids), session.length))
             start += len(ids)
         last = torch.tensor([span.stop - 1 for span in spans])
+        device = self.device
         step = Step(
-            ids=torch.tensor([token for ids in batch.values() for token in ids]),
-            positions=torch.cat([torch.arange(s.position, s.position + s.num_tokens) for s in spans]),
+            ids=torch.tensor([token for ids in batch.values() for token in ids], device=device),
+            positions=torch.cat([torch.arange(s.position, s.position + s.num_tokens, device=device) for s in spans]),
             spans=tuple(spans),
-            wanted=torch.arange(start) if every else last,
+            wanted=torch.arange(start, device=device) if every else last.to(device),
             tile_tokens=min(session.need.tile_tokens for session in batch),
             pace=None if tick is None else Pace(tick),
+            swiftness=_GPU_SWIFTNESS if device.type == "cuda" else 1,
         )
         for session in batch:
             session.in_flight = True
         if self._counter is not None:
             self._counter.restart()
         with torch.no_grad():
-            logits = self.model.forward(step)
+            logits = self.model.forward(step).cpu()
         for row, (session, ids) in enumerate(batch.items()):
             session.advance(ids, logits[last[row] if every else row])
+        return logits
+
+    def _write(self, batch: Mapping[Session, list[int]], decoder: Decoder) -> Tensor:
+        """A pass of one token each."""
+        places = [Place(session.streams, ids[0], session.length) for session, ids in batch.items()]
+        for session in batch:
+            session.in_flight = True
+        logits = decoder.run(places)
+        for row, (session, ids) in enumerate(batch.items()):
+            session.advance(ids, logits[row])
         return logits
 
 
@@ -216,10 +253,20 @@ def _open(source: str | Path, config: ModelConfig) -> Weights:
     return open_weights(configuration.locate(source), config)
 
 
-def _default_memory(machine: Machine) -> int:
-    """What this process has and what is free, less a tenth of that and at least 1 GiB."""
-    free = machine.ram_available_bytes
-    return anonymous_bytes() + free - min(free // 2, max(_LEAST_RESERVE_BYTES, free // 10))
+def _default_memory(machine: Machine, device: torch.device) -> int:
+    """What this process has and what is free, of a GPU's memory what is free, less a tenth and at least 1 GiB."""
+    if device.type == "cuda":
+        free, base = torch.cuda.mem_get_info(device)[0], 0
+    else:
+        free, base = machine.ram_available_bytes, anonymous_bytes()
+    return base + free - min(free // 2, max(_LEAST_RESERVE_BYTES, free // 10))
+
+
+def _budget(allowed: int, weights_bytes: int, machine: Machine, device: torch.device) -> Budget:
+    """Once the weights are where they stay: on a GPU they are charged, in host memory they are mapped."""
+    if device.type == "cuda":
+        return Budget(allowed, torch.cuda.memory_allocated(device), weights_bytes, streamed=False, on_gpu=True)
+    return Budget(allowed, anonymous_bytes(), weights_bytes, weights_bytes > machine.ram_available_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -249,7 +296,7 @@ class Session:
         self.need = need
         self.space = space
         self.context = need.context
-        self.streams = Streams(engine.config, need.context, engine.exact)
+        self.streams = Streams(engine.config, need.context, engine.exact, engine.device)
         self.in_flight = False
         self._tokens = array("i")
         self._logits: Tensor | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tenfold.config import ModelConfig
 from tenfold.store import Link, Match, Store, StoreDamaged, Timeline, cut
-from tenfold.streams import GrowingRows, Streams
+from tenfold.streams import Streams
 from tenfold.weights import Weights
 
 __all__ = ["Keeper", "Kept", "timeline_of"]
@@ -84,7 +84,7 @@ class Keeper:
             if match.position == 0:
                 return match, None
             try:
-                loaded = self.store.load(self.timeline, match, lambda key, count: _room(streams, key, count))
+                loaded = self.store.load(self.timeline, match, lambda key, count: streams.to_fill(*key, count))
             except StoreDamaged:
                 streams.clear()
                 continue
@@ -109,18 +109,12 @@ class Keeper:
             stop = min(len(tokens), kept.length + _MOST_SEGMENT_TOKENS)
             before = kept.chain
             rows = {
-                (spec.layer, spec.name): streams.rows(spec.layer, spec.name).data[
-                    spec.rows_at(kept.length) : spec.rows_at(stop)
-                ]
+                (spec.layer, spec.name): streams.host_rows(
+                    spec.layer, spec.name, spec.rows_at(kept.length), spec.rows_at(stop)
+                )
                 for spec in self.timeline.growing
             }
             kept.chain = self.store.append(self.timeline, before, tokens[kept.length : stop], rows)
             if kept.chain == before:
                 return
         self.store.add_point(self.timeline, kept.chain, len(tokens), state, logits, kind)
-
-
-def _room(streams: Streams, key: tuple[int, str], count: int) -> Tensor:
-    stream = streams.rows(*key)
-    assert isinstance(stream, GrowingRows)
-    return stream.data[:count]

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tenfold.ops import Rows
 from tenfold.streams import Streams
+from tenfold.tables import Tables
 
-__all__ = ["Pace", "Span", "Step"]
+__all__ = ["BatchSpan", "Pace", "Span", "Step"]
 
 _PART_FLOPS = 80 * 10**9
 """Of attention and selection in one go: a third of a second on two cores, however deep the context."""
@@ -60,7 +62,8 @@ class Span:
         """
         found = self._bounds.get(("entries", ratio))
         if found is None:
-            stop = torch.arange(self.position + 1, self.position + self.num_tokens + 1) // ratio
+            first = self.position + 1
+            stop = torch.arange(first, first + self.num_tokens, device=self.streams.device) // ratio
             found = self._bounds["entries", ratio] = (torch.zeros_like(stop), stop)
         return found
 
@@ -72,9 +75,14 @@ class Span:
         found = self._bounds.get(("window", width))
         if found is None:
             before = min(self.position, width - 1)
-            stop = torch.arange(before + 1, before + self.num_tokens + 1)
+            stop = torch.arange(before + 1, before + self.num_tokens + 1, device=self.streams.device)
             found = self._bounds["window", width] = ((stop - width).clamp(min=0), stop)
         return found
+
+    def seen_window(self, layer: int, rows: Tensor) -> Rows:
+        """The tokens' rows enter the layer's ring; what each token sees of it."""
+        ring = self.streams.window(layer)
+        return Rows(ring.extend(rows, self.position), ring.layout, *self.window(ring.window))
 
     def within(self, start: int, stop: int) -> Span:
         """The part of this span in rows [start, stop) of the step, counted from `start`."""
@@ -83,19 +91,77 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BatchSpan:
+    """One token each of several sessions, as a single span over tables of their memory."""
+
+    streams: Tables
+    _bounds: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def start(self) -> int:
+        return 0
+
+    @property
+    def stop(self) -> int:
+        return self.streams.size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.streams.size
+
+    @property
+    def rows(self) -> slice:
+        return slice(0, self.streams.size)
+
+    @property
+    def position(self) -> Tensor:
+        """int64 [tokens]: each has its own."""
+        return self.streams.positions
+
+    def entries(self, ratio: int) -> tuple[Tensor, Tensor]:
+        """As `Span.entries`."""
+        found = self._bounds.get(("entries", ratio))
+        if found is None:
+            stop = (self.position + 1) // ratio
+            found = self._bounds["entries", ratio] = (torch.zeros_like(stop), stop)
+        return found
+
+    def window(self, width: int) -> tuple[Tensor, Tensor]:
+        """As `Span.window`, counted in a ring's two copies, one behind the other."""
+        found = self._bounds.get(("window", width))
+        if found is None:
+            stop = width + self.position % width + 1
+            found = self._bounds["window", width] = (stop - (self.position + 1).clamp(max=width), stop)
+        return found
+
+    def seen_window(self, layer: int, rows: Tensor) -> Rows:
+        """As `Span.seen_window`."""
+        ring = self.streams.window(layer)
+        start, stop = self.window(ring.most)
+        return Rows(ring.extend(rows), ring.layout, start, stop, most=ring.most)
+
+    def within(self, start: int, stop: int) -> BatchSpan:
+        """All of it: a batch is one tile."""
+        assert (start, stop) == (0, self.stop), "a batch cannot be divided"
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """All tokens of a pass in one row: ids and positions int64 [n], the spans, and the rows whose logits are wanted.
 
     A layer takes `tile_tokens` of them at a time, so that what it computes on the way fits the memory planned. `pace`
-    hears of it after each, and within a layer wherever a second might pass.
+    hears of it after each, and within a layer wherever a second might pass; `swiftness` is how many times as much as
+    two cores the device does in that time.
     """
 
     ids: Tensor
     positions: Tensor
-    spans: tuple[Span, ...]
+    spans: tuple[Span | BatchSpan, ...]
     wanted: Tensor
     tile_tokens: int
     pace: Pace | None = None
+    swiftness: int = 1
     _places: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def places(self, ratio: int) -> Tensor:
@@ -111,7 +177,7 @@ class Step:
     def in_parts(self, num_tokens: int, flops_each: int, run: Callable[[slice], Tensor]) -> Tensor:
         """What `run` makes of tokens 0 to `num_tokens` - 1, in parts none of which takes longer than a pass may go
         without a tick."""
-        most = max(1, _PART_FLOPS // max(1, flops_each))
+        most = max(1, self.swiftness * _PART_FLOPS // max(1, flops_each))
         if num_tokens <= most:
             return run(slice(0, num_tokens))
         found = []
@@ -130,5 +196,10 @@ class Step:
 
     def _tile(self, start: int, stop: int) -> Step:
         spans = tuple(span.within(start, stop) for span in self.spans if span.start < stop and start < span.stop)
-        nothing = torch.empty(0, dtype=torch.int64)
-        return Step(self.ids[start:stop], self.positions[start:stop], spans, nothing, self.tile_tokens, self.pace)
+        return replace(
+            self,
+            ids=self.ids[start:stop],
+            positions=self.positions[start:stop],
+            spans=spans,
+            wanted=torch.empty(0, dtype=torch.int64),
+        )

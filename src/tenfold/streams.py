@@ -1,7 +1,8 @@
 """The memory of one session: rings, growing rows, pending compressor state. Knows nothing of layers' mathematics.
 
-Rows are stored packed, as bytes, in the layout of their `StreamSpec`. A growing stream reserves address space for
-the whole context; memory pages are taken by the system as rows are written, so what is resident is what is used.
+Rows are stored packed, as bytes, in the layout of their `StreamSpec`, on any device alike. In host memory a growing
+stream reserves address space for the whole context; memory pages are taken by the system as rows are written, so what
+is resident is what is used. A GPU knows no such thing: there a stream starts small and moves when it is full.
 """
 
 from __future__ import annotations
@@ -20,13 +21,22 @@ __all__ = ["ALIGNMENT_BYTES", "CompressorState", "GrowingRows", "RestorePoint", 
 ALIGNMENT_BYTES = 4096
 """A growing stream's memory is rounded up to pages of this size."""
 
+_CPU = torch.device("cpu")
+_FIRST_ROWS = 1024
+"""Rows a growing stream has room for at first where memory is not taken as it is written; then twice as many."""
+
 
 class GrowingRows:
     """Rows appended for ever: compressed entries, index keys, V3.2's latents."""
 
-    def __init__(self, layout: RowLayout, capacity: int) -> None:
+    most: int | None = None
+    """As `Rows.most`: these are no table."""
+
+    def __init__(self, layout: RowLayout, capacity: int, device: torch.device = _CPU) -> None:
         self.layout = layout
-        self.data = torch.empty(capacity, layout.row_bytes, dtype=torch.uint8)
+        self.capacity = capacity
+        at_first = capacity if device.type == "cpu" else min(capacity, _FIRST_ROWS)
+        self.data = torch.empty(at_first, layout.row_bytes, dtype=torch.uint8, device=device)
         self.count = 0
 
     @property
@@ -36,23 +46,34 @@ class GrowingRows:
 
     def append(self, rows: Tensor) -> None:
         stop = self.count + rows.shape[0]
-        assert stop <= self.data.shape[0], f"{stop} rows, room for {self.data.shape[0]}"  # one row would vanish
+        self.make_room(stop)
         self.data[self.count : stop] = rows
         self.count = stop
+
+    def make_room(self, count: int) -> None:
+        """Memory for `count` rows, those there are kept."""
+        assert count <= self.capacity, f"{count} rows, room for {self.capacity}"  # one row would vanish
+        if count > self.data.shape[0]:
+            larger = self.data.new_empty(min(self.capacity, max(count, 2 * self.data.shape[0])), self.layout.row_bytes)
+            larger[: self.count] = self.packed
+            self.data = larger
 
 
 class WindowRing:
     """The last `window` rows; the row of position p lies in slot p mod window (spec 2.11), in `data`.
 
-    The slots are there twice, one copy behind the other, so that any rows in a line are a view.
+    The slots are there twice, one copy behind the other in `copies`, so that any rows in a line are a view.
     """
 
-    def __init__(self, layout: RowLayout, window: int) -> None:
+    most: int | None = None
+    """As `Rows.most`: this is no table."""
+
+    def __init__(self, layout: RowLayout, window: int, device: torch.device = _CPU) -> None:
         self.layout = layout
         self.window = window
-        self._copies = torch.zeros(2, window, layout.row_bytes, dtype=torch.uint8)
-        self._line = self._copies.flatten(0, 1)
-        self.data = self._copies[0]
+        self.copies = torch.zeros(2, window, layout.row_bytes, dtype=torch.uint8, device=device)
+        self._line = self.copies.flatten(0, 1)
+        self.data = self.copies[0]
 
     def extend(self, rows: Tensor, position: int) -> Tensor:
         """Adds the rows of positions from `position`; returns them behind the up to window - 1 rows before them.
@@ -74,7 +95,7 @@ class WindowRing:
 
     def restore(self, data: Tensor) -> None:
         """Replaces the first slots by a copy of `data` made earlier."""
-        self._copies[:, : data.shape[0]] = data
+        self.copies[:, : data.shape[0]] = data
 
     def _row_line(self, position: int, count: int) -> Tensor:
         first = position % self.window
@@ -84,9 +105,9 @@ class WindowRing:
         """Rows [count, row_bytes], at most `window`, into their slots: up to the ring's end, then from its start."""
         first = position % self.window
         until_end = min(rows.shape[0], self.window - first)
-        self._copies[:, first : first + until_end] = rows[:until_end]
+        self.copies[:, first : first + until_end] = rows[:until_end]
         if until_end < rows.shape[0]:
-            self._copies[:, : rows.shape[0] - until_end] = rows[until_end:]
+            self.copies[:, : rows.shape[0] - until_end] = rows[until_end:]
 
 
 class CompressorState:
@@ -96,9 +117,9 @@ class CompressorState:
     follow; without, token p lies in slot p mod ratio. A slot holds the values, then the gates.
     """
 
-    def __init__(self, width: int, ratio: int, overlap: bool) -> None:
+    def __init__(self, width: int, ratio: int, overlap: bool, device: torch.device = _CPU) -> None:
         self.ratio, self.overlap = ratio, overlap
-        self.data = torch.zeros((2 if overlap else 1) * ratio, 2 * width)
+        self.data = torch.zeros((2 if overlap else 1) * ratio, 2 * width, device=device)
         self._values, self._gates = self.data.split(width, 1)
         self.clear()
 
@@ -151,10 +172,12 @@ class RestorePoint:
 class Streams:
     """All streams of one session, by layer and name, for up to `capacity` tokens."""
 
-    def __init__(self, config: ModelConfig, capacity: int, exact: bool) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, exact: bool, device: torch.device = _CPU) -> None:
         self.specs = config.streams
         self.capacity = capacity
-        self._streams = {(spec.layer, spec.name): _allocate(spec, capacity, exact) for spec in config.streams}
+        self.device = device
+        self._to_fill: dict[tuple[int, str], Tensor] = {}
+        self._streams = {(spec.layer, spec.name): _allocate(spec, capacity, exact, device) for spec in config.streams}
         self._components = {(spec.layer, spec.name): spec.component for spec in config.streams}
 
     def window(self, layer: int) -> WindowRing:
@@ -180,6 +203,21 @@ class Streams:
             total[component] = total.get(component, 0) + _used(stream).nbytes
         return total
 
+    def addresses(self) -> list[int]:
+        """Where each stream's memory begins now, in the order of the specs; a ring's both copies lie there."""
+        return [_whole(self._streams[spec.layer, spec.name]).data_ptr() for spec in self.specs]
+
+    def make_room(self, length: int) -> None:
+        """Memory for the rows of `length` tokens, before they are there."""
+        for spec in self.specs:
+            stream = self._streams[spec.layer, spec.name]
+            if isinstance(stream, GrowingRows):
+                stream.make_room(spec.rows_at(length))
+
+    def advance(self, length: int) -> None:
+        """Counts the rows of `length` tokens, which a kernel wrote."""
+        self._cut(length)
+
     def restore_point(self, length: int) -> RestorePoint:
         """A restore point: copies of rings and state, a few MiB whatever the length."""
         return RestorePoint(length, {key: data.clone() for key, data in self._fixed()})
@@ -190,13 +228,36 @@ class Streams:
         self._cut(point.length)
 
     def live_state(self, length: int) -> dict[tuple[int, str], Tensor]:
-        """What a restore point at `length` tokens has to hold, as views: filled slots of rings, pending tokens."""
+        """What a restore point at `length` tokens has to hold, in host memory, views where the streams are there:
+        filled slots of rings, pending tokens."""
         return {
-            key: s.data[: s.live_slots(length)] for key, s in self._streams.items() if not isinstance(s, GrowingRows)
+            key: s.data[: s.live_slots(length)].cpu()
+            for key, s in self._streams.items()
+            if not isinstance(s, GrowingRows)
         }
+
+    def host_rows(self, layer: int, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a growing stream in host memory, a view where the stream is there."""
+        return self.rows(layer, name).data[start:stop].cpu()
+
+    def to_fill(self, layer: int, name: str, count: int) -> Tensor:
+        """Host memory for the first `count` rows of a growing stream; `filled` takes them over."""
+        stream = self.rows(layer, name)
+        if self.device.type == "cpu":
+            return stream.data[:count]
+        return self._to_fill.setdefault((layer, name), torch.empty(count, stream.layout.row_bytes, dtype=torch.uint8))
+
+    def filled(self) -> None:
+        """Takes over what was put into the memory of `to_fill`."""
+        for key, rows in self._to_fill.items():
+            stream = self.rows(*key)
+            stream.make_room(rows.shape[0])
+            stream.data[: rows.shape[0]] = rows
+        self._to_fill.clear()
 
     def restore_live(self, length: int, state: Mapping[tuple[int, str], Tensor]) -> None:
         """Rings and compressor state of a stored restore point; the growing rows are there already."""
+        self.filled()
         self.clear()
         self._restore_fixed(state)
         self._cut(length)
@@ -209,6 +270,7 @@ class Streams:
 
     def clear(self) -> None:
         """Back to no tokens at all."""
+        self._to_fill.clear()
         for stream in self._streams.values():
             if isinstance(stream, CompressorState):
                 stream.clear()
@@ -237,15 +299,19 @@ class Streams:
                 stream.count = spec.rows_at(length)
 
 
+def _whole(stream: Stream) -> Tensor:
+    return stream.copies if isinstance(stream, WindowRing) else stream.data
+
+
 def _used(stream: Stream) -> Tensor:
     return stream.packed if isinstance(stream, GrowingRows) else stream.data
 
 
-def _allocate(spec: StreamSpec, capacity: int, exact: bool) -> Stream:
+def _allocate(spec: StreamSpec, capacity: int, exact: bool, device: torch.device) -> Stream:
     if spec.component == "state":
         ratio = spec.fixed_rows // 2 if spec.overlap else spec.fixed_rows
-        return CompressorState(spec.layout.width // 2, ratio, spec.overlap)
+        return CompressorState(spec.layout.width // 2, ratio, spec.overlap, device)
     layout = exact_layout(spec.layout) if exact else spec.layout
     if spec.fixed_rows:
-        return WindowRing(layout, spec.fixed_rows)
-    return GrowingRows(layout, spec.rows_at(capacity))
+        return WindowRing(layout, spec.fixed_rows, device)
+    return GrowingRows(layout, spec.rows_at(capacity), device)

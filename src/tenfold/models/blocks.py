@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,21 +13,29 @@ from torch.nn.functional import pad
 
 from tenfold.config import RopeSpec
 from tenfold.formats import RowLayout, exact_layout
-from tenfold.ops import Experts, Ops, Rows, Weight
-from tenfold.step import Span, Step
+from tenfold.ops import BatchOps, Experts, Ops, Rows, Weight
+from tenfold.step import BatchSpan, Span, Step
 from tenfold.streams import GrowingRows
+from tenfold.tables import TableRows
 
 __all__ = ["Binder", "Layer", "attend", "rope_frequencies", "select", "through_layers"]
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Binder:
-    """How a model gets its weights: `take` by name, made ready by the backend. `exact` stores rows unquantised."""
+    """How a model gets its weights: `take` by name, made ready by the backend. `exact` stores rows unquantised.
+
+    `device` is where the backend computes.
+    """
 
     take: Callable[[str], Weight]
     ops: Ops
     resident: bool
     exact: bool
+    device: torch.device = _CPU
 
     def __call__(self, name: str) -> Weight:
         return self.ops.prepare(self.take(name), self.resident)
@@ -41,6 +49,10 @@ class Binder:
         """The one expert that every token goes through, as a bank of its own."""
         gate, down, up = ((self(f"{prefix}{name}.weight"),) for name in names)
         return Experts(gate, down, up)
+
+    def frequencies(self, spec: RopeSpec) -> Tensor:
+        """`rope_frequencies` where they are needed."""
+        return rope_frequencies(spec).to(self.device)
 
     def layout(self, deployed: RowLayout) -> RowLayout:
         """The layout rows are stored in under the numerics chosen."""
@@ -73,7 +85,7 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
 def attend(
     ops: Ops,
     step: Step,
-    span: Span,
+    span: Span | BatchSpan,
     q: Tensor,
     sources: Sequence[Rows],
     sink: Weight | None,
@@ -82,21 +94,28 @@ def attend(
     frequencies: Tensor | None = None,
 ) -> Tensor:
     """`sparse_attention` of a span's queries, in parts where the context is long; what each gets is the same."""
+    if isinstance(span, BatchSpan):
+        batch = cast(BatchOps, ops)
+        return batch.sparse_attention(q, sources, sink, scale, value_dim, span.position, frequencies)
     n, heads, width = q.shape
-    seen = sum(source.columns for source in sources)
+    first, seen = span.position, sum(source.columns for source in sources)
 
     def run(part: slice) -> Tensor:
         if part.stop - part.start == n:
-            return ops.sparse_attention(q, sources, sink, scale, value_dim, span.position, frequencies)
+            return ops.sparse_attention(q, sources, sink, scale, value_dim, first, frequencies)
         some = [source.part(part) for source in sources]
-        return ops.sparse_attention(q[part], some, sink, scale, value_dim, span.position + part.start, frequencies)
+        return ops.sparse_attention(q[part], some, sink, scale, value_dim, first + part.start, frequencies)
 
     return step.in_parts(n, 2 * seen * heads * (width + value_dim), run)
 
 
-def select(ops: Ops, step: Step, q: Tensor, weights: Tensor, keys: GrowingRows, visible: Tensor, topk: int) -> Tensor:
+def select(
+    ops: Ops, step: Step, q: Tensor, weights: Tensor, keys: GrowingRows | TableRows, visible: Tensor, topk: int
+) -> Tensor:
     """`select_rows` of a span's queries, in parts where there are many keys; the last query sees all."""
     n, heads, dim = q.shape
+    if isinstance(keys, TableRows):
+        return cast(BatchOps, ops).select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most)
 
     def run(part: slice) -> Tensor:
         if part.stop - part.start == n:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import F32
-from tenfold.models.blocks import Binder, attend, rope_frequencies, select, through_layers
+from tenfold.models.blocks import Binder, attend, select, through_layers
 from tenfold.ops import Rows, Weight
-from tenfold.step import Span, Step
+from tenfold.step import BatchSpan, Span, Step
 
 __all__ = ["DeepseekV32"]
 
@@ -67,7 +67,7 @@ class Attention:
         self.o_proj = bind(prefix + "o_proj.weight")
         self.k_up, self.v_up = self._absorbed(bind, prefix + "kv_b_proj.weight")
         self.layout = bind.layout(layer.stream("rows").layout)
-        self.frequencies = rope_frequencies(layer.rope)
+        self.frequencies = bind.frequencies(layer.rope)
         self.indexer = Indexer(config, layer, bind, prefix + "indexer.")
 
     def _absorbed(self, bind: Binder, name: str) -> tuple[Weight, Weight]:
@@ -78,7 +78,9 @@ class Attention:
         k_up, v_up = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         k_up = k_up.transpose(1, 2).reshape(-1, c.qk_nope_head_dim).contiguous()
         v_up = v_up.reshape(-1, c.kv_lora_rank).contiguous()
-        return Weight(name, tuple(k_up.shape), F32, k_up), Weight(name, tuple(v_up.shape), F32, v_up)
+        parts = (Weight(name, tuple(part.shape), F32, part) for part in (k_up, v_up))
+        k_up, v_up = (bind.ops.prepare(part, bind.resident) for part in parts)
+        return k_up, v_up
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
@@ -104,10 +106,10 @@ class Attention:
         latent = ops.rms_norm(latent, self.kv_a_layernorm, _INNER_NORM_EPS)
         return ops.pack_rows(torch.cat([latent, ops.rope(rope, step.positions, self.frequencies)], 1), self.layout)
 
-    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor, step: Step) -> Tensor:
+    def _attend(self, q: Tensor, rows: Tensor, span: Span | BatchSpan, chosen: Tensor, step: Step) -> Tensor:
         stream = span.streams.rows(self.layer.index)
         stream.append(rows)
-        source = Rows(stream.packed, stream.layout, index=chosen)
+        source = Rows(stream.packed, stream.layout, index=chosen, most=stream.most)
         c = self.config
         return attend(self.ops, step, span, q, [source], None, c.softmax_scale, c.kv_lora_rank)
 
@@ -121,7 +123,7 @@ class Indexer:
         self.k_norm_weight, self.k_norm_bias = bind(prefix + "k_norm.weight"), bind(prefix + "k_norm.bias")
         self.weights_proj = bind(prefix + "weights_proj.weight")
         self.layout = bind.layout(layer.stream("index_keys").layout)
-        self.frequencies = rope_frequencies(layer.rope)
+        self.frequencies = bind.frequencies(layer.rope)
         # Unquantised, the Hadamard transform cancels between query and key.
         self.spread = not bind.exact
 
@@ -144,10 +146,10 @@ class Indexer:
         x = torch.cat([rope, x[..., rope_dim:]], dim=-1)
         return self.ops.hadamard(x) if self.spread else x
 
-    def _select(self, q: Tensor, weights: Tensor, keys: Tensor, span: Span, step: Step) -> Tensor:
+    def _select(self, q: Tensor, weights: Tensor, keys: Tensor, span: Span | BatchSpan, step: Step) -> Tensor:
         stream = span.streams.rows(self.layer.index, "index_keys")
         stream.append(keys)
-        visible = torch.arange(span.position + 1, span.position + span.num_tokens + 1)
+        _, visible = span.entries(1)
         return select(self.ops, step, q, weights, stream, visible, self.config.index_topk)
 
 

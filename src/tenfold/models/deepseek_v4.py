@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
-from tenfold.models.blocks import Binder, attend, rope_frequencies, select, through_layers
+from tenfold.models.blocks import Binder, attend, select, through_layers
 from tenfold.ops import Rows, Stack, Weight
-from tenfold.step import Span, Step
+from tenfold.step import BatchSpan, Span, Step
 
 __all__ = ["DeepseekV4"]
 
@@ -104,7 +104,7 @@ class Attention:
         self.q_norm, self.kv_norm = bind(prefix + "q_norm.weight"), bind(prefix + "kv_norm.weight")
         self.attn_sink = bind(prefix + "attn_sink")
         self.layout = bind.layout(layer.stream("window").layout)
-        self.frequencies = rope_frequencies(layer.rope)
+        self.frequencies = bind.frequencies(layer.rope)
         self.compressor = self.indexer = None
         if layer.attention != "swa":
             self.compressor = Compressor(config, layer, bind, prefix + "compressor.", "rows", "state")
@@ -142,22 +142,17 @@ class Attention:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
 
-    def _attend(self, q: Tensor, rows: Tensor, span: Span, chosen: Tensor | None, step: Step) -> Tensor:
-        sources = [self._window(rows, span)]
+    def _attend(self, q: Tensor, rows: Tensor, span: Span | BatchSpan, chosen: Tensor | None, step: Step) -> Tensor:
+        sources = [span.seen_window(self.layer.index, rows)]
         if self.compressor is not None:
             stream = span.streams.rows(self.layer.index)
             if chosen is None:
                 start, stop = span.entries(self.layer.ratio)
-                sources.append(Rows(stream.packed, stream.layout, start, stop))
+                sources.append(Rows(stream.packed, stream.layout, start, stop, most=stream.most))
             else:
-                sources.append(Rows(stream.packed, stream.layout, index=chosen))
+                sources.append(Rows(stream.packed, stream.layout, index=chosen, most=stream.most))
         width = self.config.head_dim
         return attend(self.ops, step, span, q, sources, self.attn_sink, width**-0.5, width, self.frequencies)
-
-    def _window(self, rows: Tensor, span: Span) -> Rows:
-        pool = span.streams.window(self.layer.index).extend(rows, span.position)
-        start, stop = span.window(self.config.sliding_window)
-        return Rows(pool, self.layout, start, stop)
 
 
 class Compressor:
@@ -171,7 +166,7 @@ class Compressor:
         self.inputs = (self.wkv, self.wgate)
         self.norm, self.ape = bind(prefix + "norm.weight"), bind(prefix + "ape")
         self.rows, self.state = rows, state
-        self.frequencies = rope_frequencies(layer.rope)
+        self.frequencies = bind.frequencies(layer.rope)
         self.layout = bind.layout(layer.stream(rows).layout)
         # The Hadamard transform only spreads what fp4 rounds; unquantised it cancels between query and key.
         self.spread = rows == "index_keys" and not bind.exact
@@ -182,20 +177,27 @@ class Compressor:
         for span in step.spans:
             self._append(values[span.rows], gates[span.rows], span)
 
-    def _append(self, values: Tensor, gates: Tensor, span: Span) -> None:
+    def _append(self, values: Tensor, gates: Tensor, span: Span | BatchSpan) -> None:
+        if isinstance(span, BatchSpan):
+            state, rows = (
+                span.streams.state(self.layer.index, self.state),
+                span.streams.rows(self.layer.index, self.rows),
+            )
+            state.extend(values, gates, rows, self.norm, self.config.rms_norm_eps, self.frequencies, self.spread)
+            return
         overlap = self.layer.attention == "csa"
         groups = span.streams.state(self.layer.index, self.state).extend(values, gates, span.position)
         if groups is None:
             return
         entries = self.ops.compress(*groups, overlap)
         stream = span.streams.rows(self.layer.index, self.rows)
-        first_token = torch.arange(stream.count, stream.count + entries.shape[0]) * self.layer.ratio
+        places = torch.arange(stream.count, stream.count + entries.shape[0], device=entries.device)
         stream.append(
             self.ops.norm_rope_pack(
                 entries,
                 self.norm,
                 self.config.rms_norm_eps,
-                first_token,
+                places * self.layer.ratio,  # where a group's first token stands
                 self.frequencies,
                 self.layout,
                 self.spread,
@@ -224,7 +226,7 @@ class Indexer:
         weights = weights * (c.index_head_dim * c.index_n_heads) ** -0.5
         return [self._select(q[span.rows], weights[span.rows], span, step) for span in step.spans]
 
-    def _select(self, q: Tensor, weights: Tensor, span: Span, step: Step) -> Tensor:
+    def _select(self, q: Tensor, weights: Tensor, span: Span | BatchSpan, step: Step) -> Tensor:
         keys = span.streams.rows(self.layer.index, "index_keys")
         _, visible = span.entries(self.layer.ratio)
         return select(self.ops, step, q, weights, keys, visible, self.config.index_topk)
