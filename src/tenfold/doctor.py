@@ -15,6 +15,7 @@ from tenfold.planner.machines import store_measured
 __all__ = ["Check", "examine", "measure"]
 
 _REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "deepseek-recipe", "huggingface_hub", "typer", "rich")
+_ACCELERATORS = ("sgl-flash-mla", "sgl-deep-gemm", "humming-kernels")
 _EXTRAS = {"serve": ("starlette", "uvicorn", "llguidance"), "gpu": ("triton",), "test": ("pytest", "transformers")}
 
 
@@ -93,7 +94,14 @@ def _backends(machine: Machine, kernels: Check) -> list[Check]:
         ),
         Check("backend reference", "ok", "plain torch, float32" + ("" if built else "; what `auto` chooses")),
         _triton(gpus),
+        _accelerators(),
     ]
+
+
+def _accelerators() -> Check:
+    """Kernels of others that the GPU backend could call; it has no adapter for any of them yet."""
+    found = ", ".join(f"{name} {_version(name) or 'not found'}" for name in _ACCELERATORS)
+    return Check("accelerators", "ok", f"{found}; not used: the backend's own kernels do all")
 
 
 def _triton(gpus: str) -> Check:
