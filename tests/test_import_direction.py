@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "tenfold"
 LAYERS = (
     ("errors",),
     ("config", "formats", "checkpoint", "shards"),
-    ("machine", "budget", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
+    ("machine", "budget", "placement", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
     ("weights", "streams", "step", "tables", "sampler", "models", "quantise", "peaks", "counting"),
     ("engine", "decoding", "keeping", "store", "synth", "inspection", "calibration", "doctor"),
     ("tenfold",),
@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     "checkpoint",
     "shards",
     "machine",
+    "placement",
     "planner",
     "planner_views",
     "planner_cli",

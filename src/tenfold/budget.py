@@ -12,7 +12,7 @@ from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
 from tenfold.errors import DoesNotFit
 from tenfold.formats import exact_layout
 
-__all__ = ["Budget", "Need", "fit", "longest", "stream_bytes"]
+__all__ = ["Budget", "Need", "fit", "gpu_session_bytes", "longest", "stream_bytes"]
 
 _MOST_CHUNK_TOKENS = 65536
 _LEAST_TILE_TOKENS, _MOST_TILE_TOKENS = 32, 2048
@@ -26,6 +26,7 @@ _ID_BYTES = 4 + 2 * 8 + 32
 _MOST_KERNEL_SCRATCH_BYTES = 64 << 20
 _SLACK_BYTES = 16 << 20
 _GPU_TILE_TOKENS = 4096
+_LEAST_GPU_TILE_TOKENS = 512
 _GPU_SCRATCH_BYTES = 8 << 30
 _RESTORE_POINTS = 8
 
@@ -107,6 +108,12 @@ def fit(config: ModelConfig, context: int, budget: Budget, *, exact: bool = Fals
     free = _room(budget) - least.total_bytes + least.residual_bytes
     chunk = max(tile, min(_wanted_chunk(budget, tile), free // _residual_bytes(config, 1)) // tile * tile)
     return _need(config, context, chunk, tile, budget, exact)
+
+
+def gpu_session_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> int:
+    """What a session of `context` tokens takes of a GPU beside the weights, in the least chunks."""
+    budget = Budget(0, 0, 0, streamed=False, on_gpu=True)
+    return _need(config, context, _LEAST_GPU_TILE_TOKENS, _LEAST_GPU_TILE_TOKENS, budget, exact).total_bytes
 
 
 def stream_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> int:

@@ -165,7 +165,7 @@ def run(
     ids = talk.render([{"role": "user", "content": prompt}], thinking=thinking, effort=effort)
     plan = talk.plan(len(ids), max_tokens)
     if not as_json:
-        _print_plan(plan)
+        _print_plan(plan, talk.weights_told)
     clock = talk.read(ids)
     completion = talk.complete(params, thinking, show=not as_json)
     if as_json:
@@ -577,10 +577,10 @@ def _open(
     return talk.open_talk(model, backend, numerics, memory, threads, context, profile, store)
 
 
-def _print_plan(plan: Need) -> None:
+def _print_plan(plan: Need, weights: str | None) -> None:
     from tenfold import views
 
-    views.show_plan(plan)
+    views.show_plan(plan, weights)
 
 
 def _sampling(**fields: Any) -> SamplingParams:

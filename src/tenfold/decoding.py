@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tenfold.config import ModelConfig
 from tenfold.models import Model
-from tenfold.ops import Ops
+from tenfold.ops import BatchOps, Ops
 from tenfold.step import BatchSpan, Step
 from tenfold.streams import Streams
 from tenfold.tables import Tables
@@ -55,7 +55,8 @@ class Decoder:
     """Passes of one model, by the number of places and the longest context."""
 
     def __init__(self, config: ModelConfig, model: Model, ops: Ops, exact: bool, device: torch.device) -> None:
-        self.config, self.model, self.ops, self.exact, self.device = config, model, ops, exact, device
+        self.config, self.model, self.exact, self.device = config, model, exact, device
+        self.ops = cast(BatchOps, ops)
         self._nobody = Streams(config, _NOBODYS_TOKENS, exact, device)
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._pool: Any = None
@@ -71,6 +72,7 @@ class Decoder:
         logits = self._logits(places)[: len(places)].cpu()
         for place in places:
             place.streams.advance(place.position + 1)
+        self.ops.rest()
         return logits
 
     def _logits(self, places: Sequence[Place]) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tenfold import checkpoint, ops
 from tenfold import config as configuration
-from tenfold.budget import Budget, Need, fit, longest
+from tenfold.budget import Budget, Need, fit, gpu_session_bytes, longest
 from tenfold.config import ModelConfig
 from tenfold.counting import CountingOps, counting
 from tenfold.decoding import Decoder, Place, can_decode
@@ -28,6 +28,7 @@ from tenfold.errors import ContextTooLong, InputError, UsageError
 from tenfold.keeping import Keeper, Kept, timeline_of
 from tenfold.machine import Machine, anonymous_bytes, this_machine
 from tenfold.models import Binder, Model, build
+from tenfold.placement import Placement, place
 from tenfold.planner import Work
 from tenfold.sampler import Sampled, Sampler, SamplingParams
 from tenfold.step import Pace, Span, Step
@@ -50,6 +51,9 @@ _LEAST_RESERVE_BYTES = 1 << 30
 
 _GPU_SWIFTNESS = 500
 """Times as much as two cores a GPU does in a third of a second."""
+
+_PLACED_CONTEXT = 131072
+"""Tokens that a GPU has room for beside the weights it holds, before copies of experts get the rest."""
 
 _CPU = torch.device("cpu")
 
@@ -88,6 +92,7 @@ class Engine:
         keeper: Keeper | None = None,
         device: torch.device = _CPU,
         decoder: Decoder | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -97,6 +102,7 @@ class Engine:
         self.chunk_tokens = chunk_tokens
         self.keeper = keeper
         self.device = device
+        self.placement = placement
         self._counter = counter
         self.decoder = decoder
 
@@ -134,7 +140,13 @@ class Engine:
         counter = None
         if count:
             operations, counter = counting(operations, config)
-        model = build(config, Binder(weights.take, operations, resident, exact=exact, device=device))
+        placement = expert = None
+        if device.type == "cuda":
+            session_bytes = gpu_session_bytes(config, min(_PLACED_CONTEXT, config.max_position_embeddings), exact=exact)
+            placement = place(config, ((w.component, w.num_bytes) for w in weights), allowed, session_bytes)
+            if not placement.all_on_gpu:
+                expert = cast(ops.BatchOps, operations).keep_experts_far(placement.hot_experts).keep
+        model = build(config, Binder(weights.take, operations, resident, exact=exact, device=device, expert=expert))
         weights.finish()
         weights_bytes = sum(info.num_bytes for info in weights)
         budget = _budget(allowed, weights_bytes, machine, device)
@@ -155,6 +167,7 @@ class Engine:
             keeper=keeper,
             device=device,
             decoder=decoder,
+            placement=placement,
         )
 
     @property

@@ -76,6 +76,12 @@ class Talk:
             self._session = self.engine.session(self.context)
         return self._session
 
+    @property
+    def weights_told(self) -> str | None:
+        """Where the weights lie, if a GPU computes."""
+        placement = self.engine.placement
+        return None if placement is None else placement.told(self.engine.config)
+
     def plan(self, num_prompt_tokens: int, max_tokens: int) -> Need:
         """The memory a prompt and its answer take; a context that was not given becomes just large enough.
 

@@ -26,8 +26,8 @@ def show_event(event: Event) -> None:
     sys.stdout.flush()
 
 
-def show_plan(need: Need) -> None:
-    """Two lines on stderr before anything is read: the memory this will take, and for what."""
+def show_plan(need: Need, weights: str | None = None) -> None:
+    """Two lines on stderr before anything is read: the memory this will take, and for what; where `weights` lie."""
     parts = (
         ("program", need.base_bytes),
         ("KV", need.kv_bytes),
@@ -39,7 +39,7 @@ def show_plan(need: Need) -> None:
     told = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts)
     talk.print(
         f"plan: {need.context:,} tokens in chunks of {need.chunk_tokens:,}; memory {bytes_text(need.total_bytes)}"
-        f" ({told}), beside {bytes_text(need.weights_bytes)} of mapped weights",
+        f" ({told}), " + (weights or f"beside {bytes_text(need.weights_bytes)} of mapped weights"),
         style="dim",
         soft_wrap=True,
     )

@@ -28,7 +28,7 @@ _CPU = torch.device("cpu")
 class Binder:
     """How a model gets its weights: `take` by name, made ready by the backend. `exact` stores rows unquantised.
 
-    `device` is where the backend computes.
+    `device` is where the backend computes; routed experts are made ready by `expert` where they lie elsewhere.
     """
 
     take: Callable[[str], Weight]
@@ -36,14 +36,20 @@ class Binder:
     resident: bool
     exact: bool
     device: torch.device = _CPU
+    expert: Callable[[Weight], Weight] | None = None
 
     def __call__(self, name: str) -> Weight:
         return self.ops.prepare(self.take(name), self.resident)
 
     def experts(self, prefix: str, count: int, names: tuple[str, str, str]) -> Experts:
         """The routed experts below `prefix`; `names` are the gate, down and up projection."""
-        gate, down, up = (tuple(self(f"{prefix}{expert}.{name}.weight") for expert in range(count)) for name in names)
+        ready = self if self.expert is None else self._expert
+        gate, down, up = (tuple(ready(f"{prefix}{expert}.{name}.weight") for expert in range(count)) for name in names)
         return Experts(gate, down, up)
+
+    def _expert(self, name: str) -> Weight:
+        assert self.expert is not None
+        return self.expert(self.take(name))
 
     def shared_expert(self, prefix: str, names: tuple[str, str, str]) -> Experts:
         """The one expert that every token goes through, as a bank of its own."""

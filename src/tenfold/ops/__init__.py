@@ -19,7 +19,7 @@ from tenfold import _native
 from tenfold.errors import BackendMissing, UsageError
 from tenfold.formats import RowLayout, WeightFormat
 
-__all__ = ["BACKENDS", "BatchOps", "Experts", "Ops", "Rows", "Stack", "Weight", "device_of", "select"]
+__all__ = ["BACKENDS", "BatchOps", "Experts", "FarMemory", "Ops", "Rows", "Stack", "Weight", "device_of", "select"]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -299,6 +299,19 @@ class BatchOps(Ops, Protocol):
     ) -> None:
         """Adds values and gates [n, width] of the tokens at `positions` to the compressor states at `states`; where one
         completes a group, its entry goes as by `compress` and `norm_rope_pack` to its place in the rows at `rows`."""
+
+    def keep_experts_far(self, hot: int) -> FarMemory:
+        """From now on routed experts are read where what comes back keeps them, copies of `hot` of each layer apart."""
+
+    def rest(self) -> None:
+        """Between two passes: what is better done when nothing runs."""
+
+
+class FarMemory(Protocol):
+    """Host memory that a backend reads across the bus."""
+
+    def keep(self, weight: Weight) -> Weight:
+        """The weight, copied there."""
 
 
 def select(name: str, *, exact: bool) -> tuple[str, Ops]:

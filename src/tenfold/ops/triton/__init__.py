@@ -16,12 +16,14 @@ What the files agree on:
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenfold.ops import Weight, reference
+from tenfold.ops import Experts, Weight, reference
 from tenfold.ops.triton import attention, compress, experts, hyper, index, linear, route, rows, sessions
+from tenfold.ops.triton.far import FarExperts
 from tenfold.ops.triton.lowp import INTERPRET
 
 __all__ = ["Triton"]
@@ -56,12 +58,28 @@ class Triton:
         self.linear = partial(linear.linear, parts=parts)
         self.linear_each = partial(linear.linear_each, parts=parts)
         self.grouped_linear = partial(linear.grouped_linear, parts=parts)
-        self.experts = partial(experts.experts, parts=parts)
+        self.parts = parts
+        self.far: FarExperts | None = None
         self.feed_forward = partial(experts.feed_forward, parts=parts)
 
     def prepare(self, weight: Weight, resident: bool) -> Weight:
         """The weight as it is stored, on the device."""
         return _moved(weight, self.device)
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, **words: Any) -> Tensor:
+        if self.far is not None:
+            self.far.seen(bank, experts.bank_table(bank, self.device), ids)
+        return experts.experts(x, ids, weights, bank, parts=self.parts, **words)
+
+    def keep_experts_far(self, hot: int) -> FarExperts:
+        """Routed experts are read where `keep` of what comes back puts them, copies of `hot` of each layer apart."""
+        self.far = FarExperts(self.device, hot)
+        return self.far
+
+    def rest(self) -> None:
+        """Between two passes."""
+        if self.far is not None:
+            self.far.rest()
 
     def dequantize(self, weight: Weight) -> Tensor:
         """Only models being built ask for it, so the reference does it, on the CPU."""

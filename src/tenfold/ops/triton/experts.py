@@ -30,7 +30,7 @@ from tenfold.ops.triton.linear import (
 )
 from tenfold.ops.triton.lowp import INTERPRET, to_bf16
 
-__all__ = ["experts", "feed_forward"]
+__all__ = ["bank_table", "experts", "feed_forward"]
 
 NO_FORMAT = tl.constexpr(-1)
 _CHUNK = 256
@@ -260,7 +260,7 @@ def experts(
     shared: Experts | None = None,
     parts: int,
 ) -> Tensor:
-    ready, beside = _bank(bank), None if shared is None else _bank(shared)
+    ready, beside = _bank(bank, x.device), None if shared is None else _bank(shared, x.device)
     if x.dim() != 2 or x.shape[1] != ready.hidden or (beside is not None and beside.hidden != ready.hidden):
         raise ValueError(f"x: expected rows of {ready.hidden}, also for the shared expert, got {tuple(x.shape)}")
     if ids.shape != weights.shape or ids.shape[:1] != x.shape[:1]:
@@ -270,7 +270,7 @@ def experts(
 
 def feed_forward(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None, *, parts: int) -> Tensor:
     """Every token through one expert: the shared part of `experts` alone."""
-    bank = _block(w1, w2, w3)
+    bank = _block(w1, w2, w3, x.device)
     if x.dim() != 2 or x.shape[1] != bank.hidden:
         raise ValueError(f"x: expected rows of {bank.hidden}, got {tuple(x.shape)}")
     none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
@@ -349,26 +349,32 @@ def _plan(ids: Tensor, count: int, block_rows: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- banks
 
 
-def _bank(bank: Experts) -> _Bank:
+def bank_table(bank: Experts, device: torch.device) -> Tensor:
+    """Where the experts of a bank lie, int64 [experts, 6]; a line may be changed between passes."""
+    return _bank(bank, device).table
+
+
+def _bank(bank: Experts, device: torch.device) -> _Bank:
     """Checked once in a bank's life. The table holds addresses, which are good as long as the bank lives."""
     found = _banks.get(bank)
     if found is None:
         triples = zip(bank.w1, bank.w2, bank.w3, strict=True)
-        found = _banks[bank] = _bank_of([(matrix(w1), matrix(w2), matrix(w3)) for w1, w2, w3 in triples])
+        matrices = [(matrix(w1), matrix(w2), matrix(w3)) for w1, w2, w3 in triples]
+        found = _banks[bank] = _bank_of(matrices, device)
     return found
 
 
-def _block(w1: Weight, w2: Weight, w3: Weight) -> _Bank:
+def _block(w1: Weight, w2: Weight, w3: Weight, device: torch.device) -> _Bank:
     """A gated block of its own as a bank of one expert."""
     triple = (matrix(w1), matrix(w2), matrix(w3))
     addresses = tuple(each.addresses for each in triple)
     found = _blocks.get(w1)
     if found is None or found[0] != addresses:
-        found = _blocks[w1] = (addresses, _bank_of([triple]))
+        found = _blocks[w1] = (addresses, _bank_of([triple], device))
     return found[1]
 
 
-def _bank_of(triples: list[tuple[Matrix, Matrix, Matrix]]) -> _Bank:
+def _bank_of(triples: list[tuple[Matrix, Matrix, Matrix]], device: torch.device) -> _Bank:
     if not triples:
         raise ValueError("bank: expected at least one expert")
     gate, down, _ = triples[0]
@@ -379,5 +385,5 @@ def _bank_of(triples: list[tuple[Matrix, Matrix, Matrix]]) -> _Bank:
             if (found.format, found.out_features, found.in_features) != wanted:
                 raise ValueError(f"bank: {name} of expert {expert} has another format or shape than in expert 0")
     lines = [[place for each in triple for place in each.addresses] for triple in triples]
-    table = torch.tensor(lines, dtype=torch.int64).to(gate.codes.device)
+    table = torch.tensor(lines, dtype=torch.int64).to(device)
     return _Bank(table, len(triples), gate.format, down.format, hidden, inner)

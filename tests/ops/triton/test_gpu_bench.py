@@ -1,0 +1,37 @@
+"""benchmarks/gpu.py at tiny sizes in the interpreter: only that every part of it still runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("ops",), ("linear wq_b fp8 n=1", "top-k 1M", "attention v3.2", "hc_merge n=32")),
+        (("steps", "--models", "v4-flash"), ("v4-flash 64 x 1", "v4-flash 256 x 3", "v4-flash chunk of 8 before 256")),
+        (("steps", "--models", "v3.2"), ("v3.2 64 x 1", "v3.2 256 x 3", "v3.2 chunk of 8 before 256")),
+        (("transformers",), ("transformers eager 64 x 1",)),
+    ],
+    ids=["ops", "v4-flash", "v3.2", "transformers"],
+)
+def test_every_part_runs(words: tuple[str, ...], wanted: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *words, "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = (tmp_path / f"gpu-{words[0]}.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line)["what"] for line in lines]
+    assert set(wanted) <= set(found), found
