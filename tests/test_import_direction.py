@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "tenfold"
 LAYERS = (
     ("errors",),
     ("config", "formats", "checkpoint", "shards"),
-    ("machine", "budget", "placement", "planner", "ops", "tokenizer", "chat", "chat_v32", "_native"),
+    ("machine", "budget", "placement", "planner", "ops", "tokenizer", "chat", "chat_v32", "stops", "_native"),
     ("weights", "streams", "step", "tables", "sampler", "models", "quantise", "peaks", "counting"),
     ("engine", "decoding", "keeping", "store", "synth", "inspection", "calibration", "doctor"),
     ("tenfold",),
@@ -47,6 +47,9 @@ WITHOUT_TORCH = (
     "planner_views",
     "planner_cli",
     "scheduler",
+    "stops",
+    "server.app",
+    "server.transport",
     "charts",
     "haystack",
     "needle",

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenfold.errors import RunError, UsageError
-from tenfold.sampler import Sampled, Sampler, SamplingParams, StopStrings
+from tenfold.sampler import Sampled, Sampler, SamplingParams
+from tenfold.stops import StopStrings
 
 INF = math.inf
 

@@ -29,6 +29,7 @@ __all__ = [
     "compose",
     "message_of",
     "profile_for",
+    "prompt_of",
     "render",
     "render_ids",
 ]
@@ -184,6 +185,11 @@ def _compose_v4(
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     request = deepseek_recipe.ChatCompletionRequest(body)
     conversation = request.convert(deepseek_recipe.ConversionOptions()).conversation
+    return prompt_of(conversation)
+
+
+def prompt_of(conversation: deepseek_recipe.Conversation) -> Prompt:
+    """V4's prompt of a conversation that deepseek-recipe has converted."""
     rendered = deepseek_recipe.DeepseekV4Encoding().render_conversation(conversation)
     return Prompt(rendered.prompt, tuple(_grammar_only(rendered)))
 

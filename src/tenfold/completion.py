@@ -14,7 +14,8 @@ from tenfold import chat
 from tenfold.chat import Event, Parser, Profile
 from tenfold.engine import Engine, Progress, Session, common_prefix
 from tenfold.errors import CheckpointError, InputError
-from tenfold.sampler import Sampled, SamplingParams, StopStrings
+from tenfold.sampler import Sampled, SamplingParams
+from tenfold.stops import StopStrings
 from tenfold.tokenizer import Detokenizer, Tokenizer
 
 __all__ = ["Completion", "Reading", "load_tokenizer", "profile_of", "read", "read_text"]

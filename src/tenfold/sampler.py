@@ -1,4 +1,4 @@
-"""Logits -> one token: sampling parameters, the sampler of a session, stop strings.
+"""Logits -> one token: sampling parameters and the sampler of a session.
 
 Order of operations: repetition penalty (tokens of prompt and completion), frequency and presence penalty
 (tokens of the completion), logit_bias, temperature, top_k, top_p, min_p, draw. Temperature 0 takes the
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tenfold.errors import RunError, UsageError
 
-__all__ = ["Sampled", "Sampler", "SamplingParams", "StopStrings"]
+__all__ = ["Sampled", "Sampler", "SamplingParams"]
 
 _ABOVE_ZERO = math.ulp(0.0)  # the lower end of a range that excludes 0
 _FIRST_GUESS = 256  # tokens looked at first for top_p; sorting a whole vocabulary takes milliseconds
@@ -137,64 +137,6 @@ class Sampler:
         top = top[raw[top] > -math.inf]
         pairs = zip(top.tolist(), (raw[top] - norm).tolist(), strict=True)
         return Sampled(token_id, float(raw[token_id] - norm), tuple(pairs))
-
-
-class StopStrings:
-    """Finds the first stop string in a text that comes in pieces, whatever the pieces.
-
-    The match that ends first wins, of those the longest. `push` returns text that can be shown: what may be
-    the start of a stop string is held back, a stop string and what follows it never appear. Cost is linear.
-    """
-
-    def __init__(self, stop: Iterable[str]) -> None:
-        self._stops = sorted(stop, key=len, reverse=True)
-        self._fallbacks = [_fallbacks(one) for one in self._stops]
-        self._matched_chars = [0] * len(self._stops)
-        self._held = ""
-        self.matched: str | None = None
-
-    def push(self, text: str) -> str:
-        """Text that is certainly before any stop string; "" once one has matched."""
-        if self.matched is not None:
-            return ""
-        for position, char in enumerate(text):
-            self._advance(char)
-            if self.matched is not None:
-                return self._release(self._held + text[: position + 1], len(self.matched), keep=False)
-        return self._release(self._held + text, max(self._matched_chars, default=0), keep=True)
-
-    def finish(self) -> str:
-        """The text held back for a stop string that did not come."""
-        held, self._held = self._held, ""
-        return held
-
-    def _release(self, text: str, num_held: int, *, keep: bool) -> str:
-        at = len(text) - num_held
-        self._held = text[at:] if keep else ""
-        return text[:at]
-
-    def _advance(self, char: str) -> None:
-        """One character through the automaton of each stop string (Knuth, Morris and Pratt)."""
-        for i, (stop, fallback) in enumerate(zip(self._stops, self._fallbacks, strict=True)):
-            n = self._matched_chars[i]
-            while n and stop[n] != char:
-                n = fallback[n - 1]
-            n += stop[n] == char
-            self._matched_chars[i] = n
-            if n == len(stop) and self.matched is None:
-                self.matched = stop
-
-
-def _fallbacks(pattern: str) -> list[int]:
-    """For each prefix: length of its longest proper prefix that is also its end."""
-    table = [0] * len(pattern)
-    n = 0
-    for i in range(1, len(pattern)):
-        while n and pattern[i] != pattern[n]:
-            n = table[n - 1]
-        n += pattern[i] == pattern[n]
-        table[i] = n
-    return table
 
 
 def _checked(logits: Tensor) -> Tensor:
