@@ -5,7 +5,6 @@ One path for prefill and decode: a session contributes n >= 1 tokens from its po
 
 from __future__ import annotations
 
-import re
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from tenfold.counting import CountingOps, counting
 from tenfold.decoding import Decoder, Place, can_decode
 from tenfold.errors import ContextTooLong, InputError, UsageError
 from tenfold.keeping import Keeper, Kept, timeline_of
-from tenfold.machine import Machine, anonymous_bytes, this_machine
+from tenfold.machine import Machine, anonymous_bytes, parse_bytes, this_machine
 from tenfold.models import Binder, Model, build
 from tenfold.placement import Placement, place
 from tenfold.planner import Work
@@ -59,14 +58,6 @@ _CPU = torch.device("cpu")
 
 Progress = Callable[[int], None]
 """Called with the number of tokens read so far: after each chunk, and a few times a second within one."""
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes from "12G", "512M" or a number; K, M, G and T are powers of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
-    if match is None or float(match.group(1)) <= 0:
-        raise UsageError(f"memory is {text!r}, expected a positive size such as 12G or 512M")
-    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
 
 
 def checked_numerics(name: str) -> Numerics:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +20,16 @@ from pathlib import Path
 
 from tenfold.errors import UsageError
 
-__all__ = ["Gpu", "Machine", "anonymous_bytes", "peak_bytes", "restart_peak", "this_machine"]
+__all__ = [
+    "Gpu",
+    "Machine",
+    "anonymous_bytes",
+    "cache_folder",
+    "parse_bytes",
+    "peak_bytes",
+    "restart_peak",
+    "this_machine",
+]
 
 _ROOT = Path("/")
 _GPU_TIMEOUT_S = 2.0
@@ -28,6 +38,20 @@ _MIB = 1 << 20
 _AVX_WORDS = ("sse2", "avx", "avx2", "fma", "f16c", "avx_vnni")
 _AVX512_WORDS = ("avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 _ARM_WORDS = ("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from "12G", "512M" or a number; K, M, G and T are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
+    if match is None or float(match.group(1)) <= 0:
+        raise UsageError(f"memory is {text!r}, expected a positive size such as 12G or 512M")
+    return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
+
+
+def cache_folder() -> Path:
+    """Where programs keep what they can make again for this user."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "tenfold"
 
 
 @dataclass(frozen=True, slots=True)

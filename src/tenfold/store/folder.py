@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tenfold.errors import StoreError
+from tenfold.machine import cache_folder
 from tenfold.store import files
 
 __all__ = ["Folder", "default_folder"]
@@ -30,8 +31,7 @@ _LEAST_RESERVE_BYTES, _MOST_RESERVE_BYTES = 2 << 20, 1 << 30
 
 def default_folder() -> Path:
     """The store in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "tenfold" / "store"
+    return cache_folder() / "store"
 
 
 class Folder:
