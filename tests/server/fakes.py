@@ -121,6 +121,7 @@ class Served:
     service: Service
     server: uvicorn.Server
     http: httpx.Client
+    loop: asyncio.AbstractEventLoop
 
 
 def settings(**changed: Any) -> Settings:
@@ -154,7 +155,8 @@ def serving(
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(made)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_until_complete, args=[server.serve(sockets=[sock])], daemon=True)
     thread.start()
     try:
         while not server.started:
@@ -162,8 +164,9 @@ def serving(
             threading.Event().wait(0.01)
         url = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=url, timeout=30, trust_env=False, verify=False) as client:
-            yield Served(url, port, jobs, service, server, client)
+            yield Served(url, port, jobs, service, server, client, loop)
     finally:
         server.should_exit = True
         thread.join(timeout=10)
+        loop.close()
         service.close()
