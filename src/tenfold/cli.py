@@ -223,6 +223,41 @@ def chat(
 
 @app.command()
 @reported
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder, or the embedded model tiny-v4-flash.")] = None,
+    host: Annotated[str | None, typer.Option(help="Where to listen (default: 127.0.0.1, this machine only).")] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one (default: 8000).")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="What the model is called; repeatable, first wins.")] = None,
+    keys: Annotated[str | None, typer.Option(help="File of API keys, or their sha256:HASH, one a line.")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Let everybody in who can reach HOST.")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Another name of this server; repeatable.")] = None,
+    shared_cache: Annotated[
+        bool | None, typer.Option("--shared-cache", help="Let all keys find each other's prefixes.")
+    ] = None,
+    queue: Annotated[int | None, typer.Option(help="Most requests that may wait (default: 256).")] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds for answers under way at SIGTERM (default: 30).")] = None,
+    restart: Annotated[
+        bool | None, typer.Option("--restart/--no-restart", help="Start an engine that died again (default), or end.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--config", help="A TOML file with any of these options.")] = None,
+    profile: ProfileName = None,
+    backend: Annotated[str | None, typer.Option(help="auto, reference, cpu or triton.")] = None,
+    numerics: Annotated[str | None, typer.Option(help="deployed or exact.")] = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    store: Annotated[str | None, typer.Option(help="The store (default: in your cache folder).")] = None,
+    no_store: Annotated[bool | None, typer.Option("--no-store", help="Keep nothing on disk.")] = None,
+    store_limit: StoreLimit = None,
+) -> None:
+    """Serve a model to OpenAI's and Anthropic's clients, and a web page, over HTTP."""
+    given = {option: value for option, value in locals().items() if option != "file"}
+    from tenfold.server import serving
+
+    serving.serve(serving.options_of(given, file))
+
+
+@app.command()
+@reported
 def inspect(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, embedded model, or preset: v4-flash, v4-pro, v3.2.")],
     context: Annotated[list[int] | None, typer.Option(help="Show KV bytes at this length; may be repeated.")] = None,

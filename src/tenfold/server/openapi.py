@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tenfold
@@ -41,9 +41,9 @@ _STATUSES = {
 _GET_STATUSES = (400, 401, 404, 405, 503)
 
 
-def document() -> dict[str, Any]:
-    """The whole page."""
-    paths = {
+def document(names: Sequence[str]) -> dict[str, Any]:
+    """The whole page, for a model of these names."""
+    paths: dict[str, Any] = {
         "/v1/chat/completions": _post("OpenAI's Chat Completions, with DeepSeek's additions", fields.CHAT, stream=True),
         "/v1/completions": _post("Plain text goes on; with suffix, a hole is filled", fields.COMPLETIONS, stream=True),
         "/v1/responses": _post("OpenAI's Responses, nothing kept", fields.RESPONSES, stream=True),
@@ -61,6 +61,8 @@ def document() -> dict[str, Any]:
         "/version": _get("The version"),
         "/openapi.json": _get("This page"),
     }
+    for path in paths.values():
+        _name_model(path, names)
     return {
         "openapi": "3.1.0",
         "info": {"title": "tenfold", "version": tenfold.__version__},
@@ -70,6 +72,12 @@ def document() -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _name_model(path: dict[str, Any], names: Sequence[str]) -> None:
+    content = path.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json")
+    if content is not None and "model" in content["schema"]["properties"]:
+        content["schema"]["properties"]["model"] = {"enum": list(names)}
 
 
 def _post(

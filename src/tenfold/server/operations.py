@@ -115,4 +115,4 @@ async def version(call: Call) -> None:
 
 
 async def document(call: Call) -> None:
-    await call.answer(openapi.document())
+    await call.answer(openapi.document(call.service.settings.names))
