@@ -37,7 +37,8 @@ STREAM_TOKENS, STREAMS = 256, 5
 
 def main() -> None:
     engine = Engine.load(MODEL, threads=1)
-    ids = Tokenizer.load(config.locate(MODEL)).encode((Path(demo.__file__).parent / "document.txt").read_text(encoding="utf-8"))
+    document = Path(demo.__file__).parent / "document.txt"
+    ids = Tokenizer.load(config.locate(MODEL)).encode(document.read_text(encoding="utf-8"))
     with server() as (client, process):
         prompts = iter([[0, *ids[n : n + PROMPT_TOKENS - 1]] for n in range(0, len(ids), PROMPT_TOKENS)])
         for _ in range(2):  # warm
