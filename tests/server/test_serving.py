@@ -54,7 +54,7 @@ def running(tmp_path: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str],
         yield process, address
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def run(*words: str, **environment: str) -> tuple[int, str]:

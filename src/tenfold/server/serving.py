@@ -250,14 +250,15 @@ def _is_loopback(host: str) -> bool:
 def _listening(options: Options) -> Iterator[socket.socket]:
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((options.host, options.port))
     except OSError as exc:
-        raise RunError(
-            f"{options.host}:{options.port} cannot be listened on: {exc.strerror or exc}; choose another --port"
-        ) from exc
-    with listener:
+        raise UsageError(f"host is {options.host!r}, which is no address: {exc.strerror}") from exc
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((options.host, options.port))
+        except OSError as exc:
+            where = f"{options.host}:{options.port}"
+            raise RunError(f"{where} cannot be listened on: {exc.strerror or exc}; choose another --port") from exc
         yield listener
 
 
