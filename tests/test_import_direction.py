@@ -22,7 +22,7 @@ LAYERS = (
     ("weights", "streams", "step", "tables", "sampler", "models", "quantise", "peaks", "counting"),
     ("engine", "decoding", "keeping", "store", "synth", "inspection", "calibration", "doctor"),
     ("tenfold",),
-    ("completion", "contexts", "haystack", "needle", "scheduler", "terminal", "bench"),
+    ("completion", "constrain", "contexts", "haystack", "needle", "scheduler", "terminal", "bench"),
     ("needle_grid",),
     ("endpoint", "retrieval"),
     ("protocol", "server", "views", "talk", "store_views", "bench_views", "planner_views", "charts", "report"),
@@ -55,6 +55,8 @@ WITHOUT_TORCH = (
     "needle",
     "needle_grid",
     "endpoint",
+    "constrain.grammar",
+    "constrain.nursery",
     "report",
     "cli",
 )

@@ -1,9 +1,10 @@
 """Logits -> one token: sampling parameters and the sampler of a session.
 
 Order of operations: repetition penalty (tokens of prompt and completion), frequency and presence penalty
-(tokens of the completion), logit_bias, temperature, top_k, top_p, min_p, draw. Temperature 0 takes the
-largest logit after penalties and bias; of equal ones, the smallest id. Log-probabilities are OpenAI's: the
-log-softmax of the logits as the model gave them, before all of this. Knows nothing of models and tokenizers.
+(tokens of the completion), logit_bias, tokens that are not allowed, temperature, top_k, top_p, min_p, draw.
+Temperature 0 takes the largest logit after penalties and bias; of equal ones, the smallest id. Log-probabilities
+are OpenAI's: the log-softmax of the logits as the model gave them, before all of this. Knows nothing of models and
+tokenizers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tenfold.errors import RunError, UsageError
 __all__ = ["Sampled", "Sampler", "SamplingParams"]
 
 _ABOVE_ZERO = math.ulp(0.0)  # the lower end of a range that excludes 0
+_NOTHING = "every token is forbidden, nothing can be sampled; relax the constraint on the output"
 _FIRST_GUESS = 256  # tokens looked at first for top_p; sorting a whole vocabulary takes milliseconds
 
 
@@ -95,14 +97,19 @@ class Sampler:
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float64)
 
-    def sample(self, logits: Tensor) -> Sampled:
+    def sample(self, logits: Tensor, allowed: Tensor | None = None) -> Sampled:
         """The next token from `logits`, float32 [vocab]; it joins the tokens seen.
 
-        A logit of -inf forbids a token. RunError if one is NaN or +inf, or if nothing is allowed.
+        A logit of -inf forbids a token, and so does `allowed`, bool [vocab], whatever penalties and bias say.
+        RunError if a logit is NaN or +inf, or if nothing is allowed.
         """
         raw = _checked(logits)
         self.params.check_vocabulary(len(raw))
         adjusted = self._adjusted(raw)
+        if allowed is not None:
+            adjusted.masked_fill_(~allowed, -math.inf)
+            if float(adjusted.max()) == -math.inf:
+                raise RunError(_NOTHING)
         token_id = int(adjusted.argmax()) if self.params.temperature == 0 else self._draw(adjusted)
         self._counts[token_id] += 1
         return self._report(raw, token_id)
@@ -147,7 +154,7 @@ def _checked(logits: Tensor) -> Tensor:
     if math.isnan(largest) or largest == math.inf:
         raise RunError(f"the model's logits contain {largest}; check the weights, and try the reference backend")
     if largest == -math.inf:
-        raise RunError("every token is forbidden, nothing can be sampled; relax the constraint on the output")
+        raise RunError(_NOTHING)
     return raw
 
 

@@ -122,6 +122,10 @@ class Tokenizer:
         """The id of a token as the vocabulary spells it, or None."""
         return self._full.token_to_id(token)
 
+    def knows(self, token_id: int) -> bool:
+        """Whether the vocabulary has the id; a model may have rows that it leaves unused."""
+        return self._full.id_to_token(token_id) is not None
+
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes a token stands for; U+FFFD for an id the model has and the vocabulary leaves unused."""
         known = self._known_bytes.get(token_id)

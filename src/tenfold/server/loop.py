@@ -22,7 +22,7 @@ from tenfold.engine import Engine
 from tenfold.errors import DoesNotFit, RunError, TenfoldError, UsageError
 from tenfold.planner.anatomy import dissect, loaded
 from tenfold.scheduler import Plan, Policy, QueueFull, Read, Scheduler
-from tenfold.server.task import Matcher, ReadingPace, Task
+from tenfold.server.task import ReadingPace, Task
 from tenfold.server.wire import (
     Admitted,
     Cancel,
@@ -55,7 +55,8 @@ _log = logging.getLogger(__name__)
 class Grammars(Protocol):
     """Turns demands on an output into matchers, as `tenfold.constrain` does."""
 
-    def start(self, demand: Constraint, tenant: str = "") -> Future[Matcher]: ...
+    def start(self, demand: Constraint, tenant: str = "") -> Future[Any]:
+        """Of a Matcher."""
 
 
 class _CutShort(BaseException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from array import array
 from collections import deque
@@ -96,11 +95,10 @@ class Task:
     def sample(self) -> Token | None:
         """The next token of the completion; None if it is an end-of-sequence token."""
         assert self.sampler is not None
-        logits = self.live.last_logits
-        if self.matcher is not None:
-            logits = logits.masked_fill(~self.matcher.allowed(), -math.inf)
-        found = self.sampler.sample(logits)
-        if found.id in self.engine.config.eos_token_id and not self.params.ignore_eos:
+        allowed = None if self.matcher is None else self.matcher.allowed()
+        found = self.sampler.sample(self.live.last_logits, allowed)
+        held = self.matcher is not None  # behind the end of its grammar there is nothing
+        if found.id in self.engine.config.eos_token_id and (held or not self.params.ignore_eos):
             return None
         if self.matcher is not None:
             self.matcher.advance(found.id)

@@ -19,9 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tenfold import config as configuration
+from tenfold.completion import load_tokenizer
+from tenfold.constrain.matcher import Grammars
 from tenfold.engine import Engine
 from tenfold.errors import TenfoldError
-from tenfold.server.loop import Grammars, Loop, policy_of
+from tenfold.server.loop import Loop, policy_of
 from tenfold.server.wire import (
     HEADER_BYTES,
     Failed,
@@ -115,8 +117,10 @@ def _load(start: Start) -> Engine:
     return Engine.load(start.model, start.backend, start.numerics, start.memory, store, threads=start.threads)
 
 
-def _grammars(start: Start, engine: Engine) -> Grammars | None:
-    return None
+def _grammars(start: Start, engine: Engine) -> Grammars:
+    folder, config = configuration.locate(start.model), engine.config
+    block = "function_calls" if config.architecture == "deepseek_v32" else "tool_calls"
+    return Grammars(lambda: load_tokenizer(folder, engine), config.vocab_size, config.eos_token_id, block=block)
 
 
 def _ready(start: Start, engine: Engine) -> Ready:
