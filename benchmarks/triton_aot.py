@@ -26,7 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tenfold.ops.triton import compress, experts, hyper, linear, route, rows
+from tenfold.formats import RowLayout, index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
+from tenfold.ops.triton import attention, compress, experts, hyper, index, linear, route, rows, sessions, topk
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.csv"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -91,6 +92,9 @@ def cases() -> Iterator[Case]:
     yield from linear_cases()
     yield from expert_cases()
     yield from other_cases()
+    yield from attention_cases()
+    yield from index_cases()
+    yield from session_cases()
 
 
 def linear_cases() -> Iterator[Case]:
@@ -180,8 +184,6 @@ def other_cases() -> Iterator[Case]:
 
 
 def row_cases(types: dict[str, str]) -> Iterator[Case]:
-    from tenfold.formats import index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
-
     names = ("CODED", "BITS", "BLOCK", "SCALES", "SCALE_BYTES", "PLAIN_AT", "SCALE_AT", "ROW_BYTES", "LIMIT", "FLOOR")
     nothing = {
         "NORM": False,
@@ -215,6 +217,67 @@ def row_cases(types: dict[str, str]) -> Iterator[Case]:
     turn = {"PAIRS": 32, "BP": 32, "BR": 16, "INVERSE": False, "INTERLEAVED": True}
     yield Case("rope", rows.rope_kernel, types, turn)
     yield Case("layer_norm", rows.layer_norm_kernel, types | {"bias": "*fp32"}, {"WIDTH": 128, "BW": 128, "BR": 16})
+
+
+def attention_cases() -> Iterator[Case]:
+    """One query of many sessions in parts, and many queries whole; the window beside a list, and a list alone."""
+    pointers = dict.fromkeys(("q", "out", "lse", "sinks", "frequencies", "partial"), "*fp32") | {"positions": "*i64"}
+    numbers = dict.fromkeys(("stride_a", "columns_a", "stride_b", "columns_b", "splits"), "i32") | {"scale": "fp32"}
+    kinds: tuple[tuple[str, RowLayout, int, int, int], ...] = (
+        ("v4", kv_row_v4(512, 64), 64, 1, 2),
+        ("v3.2", kv_row_v32(512, 64), 128, 2, 0),
+    )
+    for name, layout, heads, first, second in kinds:
+        v4 = name == "v4"
+        common = {"H": heads, "PAIRS": 32 if v4 else 0, "VALUES": HEAD, "HAS_SINK": v4}
+        for many in (False, True):
+            rows_type, list_type = "*u8" if many else "*i64", "*i32"
+            types = pointers | numbers | {"rows_a": rows_type, "rows_b": rows_type}
+            types |= dict.fromkeys(("start_a", "stop_a"), "*i64" if first == 1 else list_type)
+            types |= dict.fromkeys(("start_b", "stop_b"), list_type)
+            shape = attention._sizes(layout, layout.width, HEAD) | common
+            heads_each = attention._heads_each(heads, 4096 if many else 1)
+            constants = shape | {"FIRST": first, "SECOND": second, "FIRST_EACH": not many, "SECOND_EACH": not many,
+                                 "WHOLE": many, "BH": heads_each, "BK": attention._ROWS}  # fmt: skip
+            label = f"attention {name}, {'many queries' if many else 'a query of each session'}"
+            yield Case(label, attention._attend, types, constants, num_warps=8, num_stages=1)
+        merge = common | {"MAIN": shape["MAIN"], "LANES": 32}
+        yield Case(f"merge of attention {name}", attention._merge, pointers | numbers, merge)
+
+
+def index_cases() -> Iterator[Case]:
+    types = {"q": "*bf16", "weights": "*fp32", "visible": "*i64", "out": "*fp32", "n": "i32", "most": "i32"}
+    for layout in (index_key_fp4(128), index_key_fp8(128)):
+        shape = {"CODE_BITS": layout.code_bits, "ROW_BYTES": layout.row_bytes, "SCALE_OFFSET": layout.scale_offset,
+                 "SCALE_BYTES": layout.scale_bytes, "BLOCK": layout.block, "H": 64, "HP": 64, "D": 128, "DP": 128,
+                 "BN": index._KEYS}  # fmt: skip
+        for each in (True, False):
+            given = types | {"keys": "*i64" if each else "*u8"}
+            constants = shape | {"EACH": each, "QUERIES": 1 if each else index._QUERIES}
+            label = f"index scores {layout.name}, {'a query of each session' if each else 'many queries'}"
+            yield Case(label, index._scores, given, constants)
+    types = dict.fromkeys(("bins", "counts", "out"), "*i32") | {"scores": "*fp32", "visible": "*i64"}
+    types |= dict.fromkeys(("n", "stride", "width"), "i32")
+    blocks = {"ALL": topk._BINS, "BLOCK": topk._BLOCK}
+    yield Case("top-k at once", topk._search, types, {"BR": 1, "BN": topk._AT_ONCE}, num_warps=8)
+    for level in range(3):
+        yield Case(f"top-k, histogram {level}", topk._count_bins, types, blocks | {"LEVEL": level})
+    yield Case("top-k, counts", topk._count_taken, types, blocks)
+    yield Case("top-k, writing", topk._write_taken, types, blocks | {"BLOCKS": 128})
+
+
+def session_cases() -> Iterator[Case]:
+    types = {"rows": "*u8", "addresses": "*i64", "places": "*i64"}
+    yield Case("store a row each", sessions._store, types, {"ROW_BYTES": 584, "RING": 128, "WIDE": 1024}, num_warps=1)
+    types = dict.fromkeys(("values", "gates", "norm", "frequencies"), "*fp32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("states", "rows", "positions"), "*i64")
+    for name, layout, ratio, overlap, spread in (
+        ("csa", kv_row_v4(512, 64), 4, True, False),
+        ("hca", kv_row_v4(512, 64), 128, False, False),
+        ("keys", index_key_fp4(128), 4, True, True),
+    ):
+        yield Case(f"compress a token each, {name}", sessions._compress, types,
+                   sessions._sizes(layout, ratio, overlap, spread, 32))  # fmt: skip
 
 
 def sizes(t: linear.Tiles) -> dict[str, int]:

@@ -43,7 +43,7 @@ class Binder:
 
     def experts(self, prefix: str, count: int, names: tuple[str, str, str]) -> Experts:
         """The routed experts below `prefix`; `names` are the gate, down and up projection."""
-        ready = self if self.expert is None else self._expert
+        ready: Callable[[str], Weight] = self if self.expert is None else self._expert
         gate, down, up = (tuple(ready(f"{prefix}{expert}.{name}.weight") for expert in range(count)) for name in names)
         return Experts(gate, down, up)
 

@@ -13,7 +13,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "triton_aot.py"
 SHARED_LIMIT_KB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-PRODUCTS = ("linear", "gate_up", "down", "hyper project")
+PRODUCTS = ("linear", "gate_up", "down", "hyper project", "attention", "index scores")
 
 
 def compiled(*words: str) -> list[dict[str, Any]]:

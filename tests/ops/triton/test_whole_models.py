@@ -111,8 +111,8 @@ def test_writing_and_reading_agree(load: Load) -> None:
 
 
 def test_a_batch_of_ragged_sessions(load: Load) -> None:
-    """Three in four places: each gets what it would get alone."""
-    engine = load("v4-flash")
+    """Three in four places: each gets what it would get alone, but for the order of sums."""
+    engine = load("v4-flash", "triton", "exact")
     prompts = text(7), text(3, seed=1), text(5, seed=2)
     together, alone = ([engine.session(64) for _ in prompts] for _ in range(2))
     for sessions in (together, alone):
@@ -120,7 +120,7 @@ def test_a_batch_of_ragged_sessions(load: Load) -> None:
             session.feed(prompt)
     found = engine.step({session: [5 + i] for i, session in enumerate(together)})
     for i, (session, other) in enumerate(zip(together, alone, strict=True)):
-        near(found[session], other.feed([5 + i]), 1e-4)
+        near(found[session], other.feed([5 + i]), 1e-5)
         assert session.tokens == other.tokens
 
 

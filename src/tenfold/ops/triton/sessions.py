@@ -6,6 +6,8 @@ streams; nothing of layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,36 +64,36 @@ def compress_step(
         raise ValueError(f"values: expected a power of two of channels to spread, got {dim}")
     if layout.code_bits == 4 and layout.plain:
         raise ValueError(f"rows: no 4-bit layout has plain channels, got {layout}")
-    if n == 0:
-        return
+    if n:
+        sizes = _sizes(layout, ratio, overlap, spread, frequencies.shape[0])
+        _compress[(n,)](
+            values.contiguous(), gates.contiguous(), states, rows, positions, norm.data, frequencies, eps,
+            **sizes, num_warps=4,
+        )  # fmt: skip
+
+
+def _sizes(layout: RowLayout, ratio: int, overlap: bool, spread: bool, pairs: int) -> dict[str, Any]:
+    """What is fixed for the sessions of a model."""
+    dim = layout.width
     wide = max(16, triton.next_power_of_2(dim))
-    _compress[(n,)](
-        values.contiguous(),
-        gates.contiguous(),
-        states,
-        rows,
-        positions,
-        norm.data,
-        frequencies,
-        eps,
-        RATIO=ratio,
-        OVERLAP=overlap,
-        WIDTH=width,
-        DIM=dim,
-        WIDE=wide,
-        PAIRS=frequencies.shape[0],
-        SPREAD=spread,
-        CODE_BITS=layout.code_bits,
-        CODED=layout.coded,
-        PLAIN=layout.plain,
-        ROW_BYTES=layout.row_bytes,
-        PLAIN_OFFSET=layout.plain_offset,
-        SCALE_OFFSET=layout.scale_offset,
-        SCALE_BYTES=layout.scale_bytes,
-        USED=layout.code_bytes + 2 * layout.plain + layout.num_scales * layout.scale_bytes,
-        BLOCK=min(layout.block, wide),
-        num_warps=4,
-    )
+    return {
+        "RATIO": ratio,
+        "OVERLAP": overlap,
+        "WIDTH": 2 * dim if overlap else dim,
+        "DIM": dim,
+        "WIDE": wide,
+        "PAIRS": pairs,
+        "SPREAD": spread,
+        "CODE_BITS": layout.code_bits,
+        "CODED": layout.coded,
+        "PLAIN": layout.plain,
+        "ROW_BYTES": layout.row_bytes,
+        "PLAIN_OFFSET": layout.plain_offset,
+        "SCALE_OFFSET": layout.scale_offset,
+        "SCALE_BYTES": layout.scale_bytes,
+        "USED": layout.code_bytes + 2 * layout.plain + layout.num_scales * layout.scale_bytes,
+        "BLOCK": min(layout.block, wide),
+    }
 
 
 @triton.jit
