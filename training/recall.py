@@ -102,9 +102,10 @@ class Progress:
 
 
 def token_weights(lessons: Lessons, plan: Plan) -> Tensor:
-    """What each token's loss counts, [n]: text, the digits of answers, and the form of facts and questions."""
+    """What each token's loss counts, [n]: text, answers with their ends, and the form of facts and questions."""
     text = lessons.is_text.flatten()
     answers = torch.zeros_like(text).index_fill_(0, lessons.asked, True)
+    answers[lessons.asked.view(-1, DIGITS)[:, -1] + 1] = True  # what follows the last digit
     form = ~(text | answers)
     parts = ((text, plan.text_weight), (answers, plan.answer_weight), (form, plan.form_weight))
     return sum((mask * (weight / mask.sum().clamp(min=1)) for mask, weight in parts), torch.zeros(()))

@@ -143,13 +143,12 @@ def _power_of_two(amax: Tensor, limit: float, floor: float) -> Tensor:
 
 def _rounded_fp8(master: Tensor) -> Tensor:
     rows, columns = master.shape[-2:]
-    height, width = math.gcd(rows, 128), math.gcd(columns, 128)
-    assert rows in (height, rows // 128 * 128), rows
-    assert columns in (width, columns // 128 * 128), columns
-    blocks = master.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
+    # zeros fill up the blocks at the edges and change no block's largest value
+    whole = torch.nn.functional.pad(master, (0, -columns % 128, 0, -rows % 128))
+    blocks = whole.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
     scale = _power_of_two(blocks.abs().amax((-3, -1), keepdim=True), 448.0, 1e-4)
     kept: Tensor = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
-    return kept.flatten(-4, -3).flatten(-2)
+    return kept.flatten(-4, -3).flatten(-2)[..., :rows, :columns]
 
 
 def _rounded_mxfp4(master: Tensor) -> Tensor:
