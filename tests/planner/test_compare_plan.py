@@ -78,7 +78,7 @@ def test_a_changed_field_is_a_column_of_its_own() -> None:
 
 def test_a_folder_can_be_compared() -> None:
     models = asked("compare", "tiny-v4-flash", "--against", "tiny-v4-flash", "--context", "1K")["models"]
-    assert [model["kv_bytes_per_token"] for model in models] == [pytest.approx(118.5625)]
+    assert [model["kv_bytes_per_token"] for model in models] == [pytest.approx(168.0625)]
 
 
 @pytest.mark.parametrize(
