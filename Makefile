@@ -9,7 +9,7 @@ BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(shell find native 
 SANITIZED_TESTS := -q -m 'not slow' -k 'cpu or native' tests/ops tests/test_native.py tests/test_engine.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test test-all test-gpu lint sanitize oracle clean
+.PHONY: help env run test test-all test-long test-gpu lint sanitize oracle clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test: lint ## style, types, tests and the sanitizers
 test-all: lint ## the same with the slow tests
 	$(BIN)/pytest -q
 	@$(MAKE) --no-print-directory sanitize
+
+test-long: env ## the server's tests that take hours, before a release
+	$(BIN)/pytest -q -m slow tests/server
 
 test-gpu: env ## the tests of the GPU backend on this machine's NVIDIA GPU
 	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/ops/triton

@@ -32,7 +32,7 @@ from tenfold.tokenizer import Tokenizer
 RESULTS = Path(__file__).parent / "results" / "serve-http.json"
 MODEL = "tiny-v4-flash"
 PROMPT_TOKENS, TURNS = 512, 15
-STREAM_TOKENS, STREAMS = 256, 5
+STREAM_TOKENS, STREAMS = 1000, 4  # the clock of processor time ticks every 10 ms
 
 
 def main() -> None:
