@@ -142,6 +142,26 @@ def test_a_body_that_grows_too_long() -> None:
         assert post(server, b" " * 200_000).status_code == 413
 
 
+def test_bodies_together_are_bounded() -> None:
+    with plain(body_bytes=10_000) as server:
+        half = HEAD + b"Content-Length: 10000\r\n\r\n" + b" " * 9000
+        held = [connect(server) for _ in range(8)]
+        for connection in held:
+            connection.sendall(half)
+        until = time.monotonic() + 20
+        while server.service.held_bytes < 72_000:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        answer = post(server, json.dumps({**CHAT, "x": "y" * 9000}).encode())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_bytes")
+        for connection in held:
+            connection.close()
+        while server.service.held_bytes:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert post(server, json.dumps(CHAT).encode()).status_code == 200
+
+
 def test_a_slow_body_is_not_waited_for() -> None:
     with plain(body_grace_s=0.3) as server, connect(server) as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n{")

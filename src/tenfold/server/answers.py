@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from tenfold.server.errors import ClientGone, Refusal, of_failure, openai_body
 from tenfold.server.metrics import Times
@@ -20,6 +20,7 @@ from tenfold.server.wire import Admitted, Event, Failed, Finished, Job, Progress
 
 __all__ = ["Voice", "speak"]
 
+_Word = Literal["gone", "silent"]
 _PROGRESS_S = 0.25
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -63,8 +64,13 @@ async def speak(call: Call, jobs: Sequence[Job], voice: Voice, *, stream: bool) 
     answer = _Answer(call, jobs, voice, stream)
     try:
         await answer.run()
-    except (ClientGone, asyncio.CancelledError):
+    except ClientGone:
         answer.note("gone")
+        raise
+    except asyncio.CancelledError:
+        answer.note("gone")
+        if answer.is_stuck:
+            raise ClientGone from None
         raise
     finally:
         answer.count()
@@ -73,7 +79,7 @@ async def speak(call: Call, jobs: Sequence[Job], voice: Voice, *, stream: bool) 
 class _Answer:
     def __init__(self, call: Call, jobs: Sequence[Job], voice: Voice, stream: bool) -> None:
         self.call, self.jobs, self.voice, self.stream = call, jobs, voice, stream
-        self.queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, Event | _Word]] = asyncio.Queue()
         began = time.monotonic()
         self.times = [Times(began, prompt_tokens=len(job.prompt)) for job in jobs]
         self.unfinished = set(range(len(jobs)))
@@ -82,6 +88,8 @@ class _Answer:
         self.started = False
         self.unsent = b""
         self.spoke = self.progressed = began
+        self.writing_since: float | None = None
+        self.is_stuck = False
 
     async def run(self) -> None:
         self.unsent = self.voice.opening()
@@ -102,6 +110,7 @@ class _Answer:
         live = self.call.service.live
         self.tasks = [asyncio.create_task(self._pump(index, job)) for index, job in enumerate(self.jobs)]
         self.tasks.append(asyncio.create_task(self._listen()))
+        self.tasks.append(asyncio.create_task(self._watch(asyncio.current_task())))
         live.add(self.queue)
         try:
             yield
@@ -117,6 +126,9 @@ class _Answer:
             async with aclosing(events):  # closing it cancels the job
                 async for event in events:
                     self.queue.put_nowait((index, event))
+                    if isinstance(event, Tokens):
+                        # to write costs more than all the rest: what comes meanwhile is written together
+                        await asyncio.sleep(self.call.service.settings.pace_s)
         except Exception as exc:
             self.queue.put_nowait(
                 (index, Failed(job.id, "engine", f"the engine failed: {type(exc).__name__}", again=True))
@@ -124,26 +136,35 @@ class _Answer:
 
     async def _listen(self) -> None:
         await self.call.gone()
-        self.queue.put_nowait((0, None))
+        self.queue.put_nowait((0, "gone"))
 
-    async def _heard(self) -> list[tuple[int, Event | None]]:
-        """All that has come; nothing if it was silent for so long that a sign of life is due."""
-        heard = []
-        if self.queue.empty():
-            due_s = self.spoke + self.call.service.settings.keepalive_s - time.monotonic()
-            try:
-                async with asyncio.timeout(max(due_s, 0.0)):
-                    heard.append(await self.queue.get())
-            except TimeoutError:
-                return []
+    async def _watch(self, speaker: asyncio.Task[None] | None) -> None:
+        """One timer for an answer, not two for each token: looks whether it has been silent, or its client deaf."""
+        settings = self.call.service.settings
+        while True:
+            await asyncio.sleep(settings.keepalive_s / 4)
+            now = time.monotonic()
+            if self.writing_since is not None and now - self.writing_since > settings.write_timeout_s:
+                self.is_stuck = True
+                assert speaker is not None
+                speaker.cancel()
+                return
+            if now - self.spoke >= settings.keepalive_s and self.queue.empty():
+                self.queue.put_nowait((0, "silent"))
+
+    async def _heard(self) -> list[tuple[int, Event | _Word]]:
+        """All that has come since the last time; waits for some."""
+        heard = [await self.queue.get()]
         while not self.queue.empty():
             heard.append(self.queue.get_nowait())
         return heard
 
-    async def _say(self, heard: list[tuple[int, Event | None]]) -> None:
+    async def _say(self, heard: list[tuple[int, Event | _Word]]) -> None:
         for index, event in heard:
-            if event is None:
+            if event == "gone":
                 raise ClientGone
+            if isinstance(event, str):
+                continue
             self.unheard.discard(index)
             if isinstance(event, Failed):
                 await self._break_off(event)
@@ -207,11 +228,12 @@ class _Answer:
         raise refusal
 
     async def _write(self, piece: bytes, *, more: bool = True) -> None:
-        self.spoke = time.monotonic()
+        self.spoke = self.writing_since = time.monotonic()
         if not self.started:
             self.started = True
             await self.call.start(200, _STREAM if self.stream else _JSON)
         await self.call.write(piece, more=more)
+        self.writing_since = None
 
     def note(self, reason: str) -> None:
         for index in self.unfinished:

@@ -114,6 +114,8 @@ class Gate:
                 scope, receive, sent, Refusal(500, "an internal error; it has been logged", code="internal_error")
             )
         finally:
+            if call is not None:
+                call.let_go()
             self._write_down(scope, sent, call, time.monotonic() - began)
 
     def _admitted(self, scope: Scope, receive: Receive, sent: _Sent) -> Call:

@@ -19,7 +19,6 @@ from tenfold.server.errors import ClientGone, Refusal
 __all__ = ["MOST_BODY_BYTES", "check_headers", "parse", "read"]
 
 MOST_BODY_BYTES = 64 << 20
-_GRACE_S = 10.0
 _LEAST_BYTES_PER_S = 1024
 _MOST_VALUES = 3_000_000  # a prompt of a million ids fits; a bomb of empty lists does not
 _MOST_DEPTH = 200
@@ -42,8 +41,9 @@ def check_headers(headers: Mapping[str, str], most_bytes: int) -> None:
         raise _too_large(most_bytes)
 
 
-async def read(receive: Receive, most_bytes: int = MOST_BODY_BYTES, grace_s: float = _GRACE_S) -> bytes:
-    """The whole body. Refuses one that grows past `most_bytes`, or comes slower than 1 kB/s after a grace."""
+async def read(receive: Receive, most_bytes: int, grace_s: float, hold: Callable[[int], None]) -> bytes:
+    """The whole body. Refuses one that grows past `most_bytes`, or comes slower than 1 kB/s after a grace. `hold` is
+    told of each piece that is kept, and may refuse it."""
     pieces: list[bytes] = []
     received, began = 0, time.monotonic()
     while True:
@@ -59,6 +59,7 @@ async def read(receive: Receive, most_bytes: int = MOST_BODY_BYTES, grace_s: flo
         received += len(piece)
         if received > most_bytes:
             raise _too_large(most_bytes)
+        hold(len(piece))
         pieces.append(piece)
         if not message.get("more_body", False):
             return b"".join(pieces)

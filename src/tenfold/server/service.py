@@ -31,6 +31,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 _LARGE_BYTES = 64 << 10
 """A larger body is prepared apart from the small ones, which must not wait behind it."""
+_MOST_BODIES = 8
 _JSON = [(b"content-type", b"application/json")]
 
 
@@ -41,6 +42,8 @@ class Settings:
     names: tuple[str, ...]
     """What the model is called; the first is what answers say."""
     keepalive_s: float = 10.0
+    pace_s: float = 0.02
+    """After tokens were sent, those of so many seconds are gathered."""
     write_timeout_s: float = 60.0
     drain_s: float = 30.0
     body_bytes: int = body.MOST_BODY_BYTES
@@ -62,6 +65,8 @@ class Service:
     draining: bool = False
     live: set[asyncio.Queue[Any]] = field(default_factory=set)
     """The queues of the answers under way."""
+    held_bytes: int = 0
+    """Bytes of the bodies of all requests that are not yet answered."""
     _small: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "small"))
     _large: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "large"))
 
@@ -137,9 +142,22 @@ class Call:
         """The body, checked and parsed."""
         settings = self.service.settings
         body.check_headers(self.headers, settings.body_bytes)
-        raw = await body.read(self.receive, settings.body_bytes, settings.body_grace_s)
-        self.num_body_bytes = len(raw)
+        raw = await body.read(self.receive, settings.body_bytes, settings.body_grace_s, self._hold)
         return await self.service.apart(len(raw), body.parse, raw)
+
+    def _hold(self, num_bytes: int) -> None:
+        """A thousand connections must not hold a thousand of the largest bodies."""
+        service = self.service
+        if service.held_bytes + num_bytes > _MOST_BODIES * service.settings.body_bytes:
+            sentence = "the server holds as many bytes of requests as it may; send this one again later"
+            raise Refusal(503, sentence, code="too_many_bytes", again=True, retry_after_s=service.retry_after_s())
+        service.held_bytes += num_bytes
+        self.num_body_bytes += num_bytes
+
+    def let_go(self) -> None:
+        """The request has been answered."""
+        self.service.held_bytes -= self.num_body_bytes
+        self.num_body_bytes = 0
 
     async def apart(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await self.service.apart(self.num_body_bytes, work, *args, **kwargs)
@@ -159,11 +177,9 @@ class Call:
         await self.write(content, more=False)
 
     async def send(self, message: Message) -> None:
-        """To the client, who is given up if it does not read for a while."""
         try:
-            async with asyncio.timeout(self.service.settings.write_timeout_s):
-                await self._send(message)
-        except (TimeoutError, OSError) as exc:
+            await self._send(message)
+        except OSError as exc:
             raise ClientGone from exc
 
     async def gone(self) -> None:
