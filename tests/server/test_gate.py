@@ -188,6 +188,12 @@ def test_tokens_and_text(hello: Served) -> None:
     assert hello.http.post("/tokenize", json={}).status_code == 400
 
 
+def test_ids_beyond_the_vocabulary_are_refused() -> None:
+    language = plain_language()
+    with serving(saying("ok", language), language=language) as served:  # whose engine says that it has more of them
+        assert served.http.post("/detokenize", json={"tokens": [2048]}).status_code == 400
+
+
 def test_readiness_follows_the_engine() -> None:
     language = plain_language()
     jobs = FakeJobs(saying("ok", language))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests.server.fakes import plain_language, saying, serving
+from tenfold.server.wire import Ready
+from tests.server.fakes import CONTEXT, FakeJobs, plain_language, saying, serving
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
@@ -20,7 +22,8 @@ def examine(folder: Path, examples: int, seconds: int) -> int:
     """The number of cases; fails with schemathesis' own words."""
     language = plain_language()
     report = folder / "report.ndjson"
-    with serving(saying("ok", language), language=language) as served:
+    jobs = FakeJobs(saying("ok", language), Ready("fake", CONTEXT, 2048, 1 << 30, 118.8, 788.0, (1,)))
+    with serving(jobs.script, jobs=jobs, language=language) as served:
         words = [
             *("run", f"{served.url}/openapi.json", "--mode", "all", "--phases", "examples,coverage,fuzzing"),
             *("--max-examples", str(examples), "--checks", CHECKS, "--continue-on-failure", "--seed", "1"),
@@ -39,20 +42,18 @@ def examine(folder: Path, examples: int, seconds: int) -> int:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert served.http.get("/health").status_code == 200
         assert not served.jobs.running
-        return count_cases(done.stdout)
+        return count_cases(report)
 
 
-def count_cases(said: str) -> int:
-    """From `N generated, ...` in its last lines."""
-    words = said.split()
-    return max(
-        (int(words[i]) for i in range(len(words) - 1) if words[i].isdigit() and words[i + 1].startswith("generated")),
-        default=0,
-    )
+def count_cases(report: Path) -> int:
+    """Requests that were sent and answered."""
+    scenarios = (json.loads(line).get("ScenarioFinished") for line in report.read_text("utf-8").splitlines())
+    recorders = [scenario["recorder"] for scenario in scenarios if scenario]
+    return sum(bool(one["response"]) for recorder in recorders for one in recorder["interactions"].values())
 
 
 def test_some_cases(tmp_path: Path) -> None:
-    assert examine(tmp_path, examples=8, seconds=500) >= 500
+    assert examine(tmp_path, examples=2, seconds=900) >= 500
 
 
 @pytest.mark.slow

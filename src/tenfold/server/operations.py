@@ -95,7 +95,9 @@ async def detokenize(call: Call) -> None:
         raise Refusal(400, f"{len(tokens):,} tokens, the context holds {limits.context:,}", param="tokens")
     if not all(type(token) is int and 0 <= token < limits.vocab_size for token in tokens):
         raise Refusal(400, f"expected token ids from 0 to {limits.vocab_size - 1}", param="tokens")
-    await call.answer({"prompt": await call.apart(service.language.tokenizer.decode, tokens)})
+    with mapped("tokens"):
+        text = await call.apart(service.language.tokenizer.decode, tokens)
+    await call.answer({"prompt": text})
 
 
 async def metrics(call: Call) -> None:
