@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tenfold.server.wire import Ready
 from tests.server.fakes import CONTEXT, FakeJobs, plain_language, saying, serving
+
+from tenfold.server.wire import Ready
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
