@@ -1,7 +1,7 @@
 """Compiles the GPU kernels at V4-Flash's widths for Ampere to Blackwell, without a GPU, and reads the machine code.
 
 For each kernel and architecture: registers, stack (spills), shared memory and matrix instructions, to
-results/triton-aot.csv. `--kernel` and `--arch` choose some; `--json` prints instead of recording.
+results/triton-aot.csv. `--kernel` and `--arch` choose some, whose lines there are replaced; `--json` prints instead.
 Says nothing of speed, and nothing of a kernel's results: those the interpreter checks (tests/ops/triton).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import re
@@ -79,10 +80,22 @@ def main() -> None:
     if chosen.json:
         print(json.dumps([asdict(one) for one in found]))
         return
+    record(found)
+
+
+def record(found: list[Compiled]) -> None:
+    """The table with these lines in place of older ones, in the order of the cases."""
+    names = [field.name for field in fields(Compiled)]
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            lines = {(line["kernel"], line["arch"]): line for line in csv.DictReader(file)}
+    lines |= {(one.kernel, str(one.arch)): asdict(one) for one in found}
+    places = {(case.name, str(arch)): i for i, (case, arch) in enumerate(itertools.product(cases(), ARCHS))}
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Compiled)])
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(asdict(one) for one in found)
+        writer.writerows(lines[key] for key in sorted(lines.keys() & places.keys(), key=places.__getitem__))
 
 
 # ---------------------------------------------------------------------------------------------- what is compiled
@@ -102,14 +115,15 @@ def linear_cases() -> Iterator[Case]:
     stored = {"f32": ("*fp32", "*fp32"), "bf16": ("*bf16", "*bf16"), "fp8": ("*u8", "*u8"),
               "fp8-f32scale": ("*u8", "*fp32"), "mxfp4": ("*u8", "*u8")}  # fmt: skip
     for n, parts in ((1, 1), (1, 3), (33, 1), (4096, 1)):
-        t = linear.tiles(n, HIDDEN)
         for form, (name, (codes, scale)) in enumerate(stored.items()):
+            t = linear.tiles(n, HIDDEN, 1 << form)
             given = types | {"codes": codes, "scale": scale}
             if n > 16 and name != "f32":
                 given |= {"x": "*bf16"}
             constants = {"GROUPS": 1, "K": HIDDEN, "FORMAT": form, "PARTS": parts, **sizes(t)}
             yield Case(f"linear {name}, {n} rows, {parts} parts", linear.linear_kernel, given, constants, **t.options)
         types_each = {"x": "*fp32" if n == 1 else "*bf16", "table": "*i64", "out": "*fp32", "n": "i32"}
+        t = linear.tiles(n, HIDDEN, 2 | 4)
         constants = {"COUNT": 8, "K": HIDDEN, "FORMATS": 2 | 4, "PARTS": parts, **sizes(t)}
         name = f"linear_each fp8 and bf16, {n} rows, {parts} parts"
         yield Case(name, linear.linear_each_kernel, types_each, constants, **t.options)
@@ -121,7 +135,7 @@ def expert_cases() -> Iterator[Case]:
     shared = {"shared_table": "*i64", "shared_out": "*bf16"}
     fp8, mxfp4 = linear.AS_FP8.value, linear.AS_MXFP4.value
     for rows_each in (1, 33, 96):
-        t = linear.tiles(rows_each, HIDDEN)
+        t = linear.tiles(rows_each, HIDDEN, 4 | 16)
         types = pointers | numbers | shared | ({} if rows_each == 1 else {"x": "*bf16"})
         constants = {"TOPK": TOPK, "K": HIDDEN, "LIMITED": True, "PARTS": 1, "FORMAT": mxfp4, "SHARED_FORMAT": fp8}
         yield Case(

@@ -321,7 +321,8 @@ def _through(
 def _tiles(n: int, topk: int, routed: _Bank, beside: _Bank) -> Tiles:
     """As tall as an expert's share of the rows, so that few rows are empty."""
     share = max(1, n * topk // routed.count)
-    return tiles(min(n, share), max(routed.inner, beside.inner, routed.hidden))
+    formats = sum({1 << form for each in (routed, beside) for form in (each.gate_format, each.down_format)})
+    return tiles(min(n, share), max(routed.inner, beside.inner, routed.hidden), formats)
 
 
 def _plan(ids: Tensor, count: int, block_rows: int) -> tuple[Tensor, Tensor]:

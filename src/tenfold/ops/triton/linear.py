@@ -84,12 +84,15 @@ def accumulate(
             elif FORMAT == AS_BF16:
                 acc = mm_split(some, tl.trans(stored.to(tl.float32)), acc, PARTS)
             else:
-                part = mm_split(some, tl.trans(e4m3(stored)), tl.zeros([BM, BN], tl.float32), PARTS)
                 place = row // 128 * ((K + 127) // 128) + first // 128
                 factor = tl.load(scale + place, mask=row_ok, other=0)
                 if FORMAT == AS_FP8:
                     factor = e8m0(factor)
-                acc += part * factor[None, :]
+                if FORMAT == AS_FP8 and BM > 16:  # a power of two leaves codes exact; a second sum would take registers
+                    acc = mm_split(some, tl.trans(e4m3(stored) * factor[:, None]), acc, PARTS)
+                else:
+                    part = mm_split(some, tl.trans(e4m3(stored)), tl.zeros([BM, BN], tl.float32), PARTS)
+                    acc += part * factor[None, :]
     return acc
 
 
@@ -179,15 +182,21 @@ class Tiles:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def tiles(rows: int, out_features: int) -> Tiles:
-    """Tiles for so many rows of activations. An FP8 tile may not be deeper than a block of 128."""
+def tiles(rows: int, out_features: int, formats: int) -> Tiles:
+    """Tiles for so many rows of activations and the formats of weights that meet them, a bit each.
+
+    An FP8 tile may not be deeper than a block of 128. float32 numbers take the space of four codes, and FP8 with
+    float32 scales a second sum.
+    """
     if INTERPRET.value:
         return Tiles(_within(rows, 16, 256), _within(out_features, 16, 1024), 128, 4, 1)
     if rows <= _FEW_ROWS:
         return Tiles(16, 32, 128, 4, 4)
+    if formats & 1 << AS_F32.value:
+        return Tiles(64, 64, 32, 4, 2)
     if rows <= 64:
         return Tiles(64, 64, 64, 4, 3)
-    return Tiles(128, 128, 64, 8, 3)
+    return Tiles(128, 64 if formats & 1 << AS_FP8_F32.value else 128, 64, 8, 3)
 
 
 def _within(size: int, low: int, high: int) -> int:
@@ -212,7 +221,7 @@ def _product(x: Tensor, ready: Matrix, groups: int, parts: int) -> Tensor:
     n, out_features = x.shape[0], ready.out_features // groups
     out = torch.empty(n, ready.out_features, device=x.device)
     if n:
-        t = tiles(n, out_features)
+        t = tiles(n, out_features, 1 << ready.format)
         grid = triton.cdiv(out_features, t.n), triton.cdiv(n, t.m), groups
         linear_kernel[grid](
             rounded(x, 3 if ready.format == AS_F32.value else parts), ready.codes, ready.scale, out, n, out_features,
@@ -233,7 +242,7 @@ def linear_each(x: Tensor, stack: Stack, *, parts: int) -> tuple[Tensor, ...]:
         raise ValueError(f"x: expected [n, {ready.in_features}] for the stack, got {tuple(x.shape)}")
     out = torch.empty(n * sum(ready.out_features), device=x.device)
     if n:
-        t = tiles(n, max(ready.out_features))
+        t = tiles(n, max(ready.out_features), ready.formats)
         grid = sum(triton.cdiv(size, t.n) for size in ready.out_features), triton.cdiv(n, t.m)
         # An f32 weight gets activations as they are, whatever the others round them to.
         given = rounded(x, 3 if ready.formats & 1 else parts)
