@@ -55,13 +55,8 @@ def test_every_weight_of_a_stack(n: int) -> None:
         # Beside an f32 weight activations stay as they are until each tile rounds them.
         for y, w in zip(found, stack.weights, strict=True):
             assert_product(y, x, w, parts)
-    assert [y.shape for y in product.linear_each(x[:0], stack, parts=1)] == [
-        (0, 5),
-        (0, 130),
-        (0, 257),
-        (0, 1),
-        (0, 64),
-    ]
+    empty = product.linear_each(x[:0], stack, parts=1)
+    assert [y.shape for y in empty] == [(0, w.shape[0]) for w in stack.weights]
 
 
 @format_cases
