@@ -17,6 +17,7 @@ import pytest
 from tests.server.clock import awake_s
 
 from tenfold.errors import RunError, UsageError
+from tenfold.server import engine_client
 from tenfold.server.engine_client import EngineProcess
 from tenfold.server.wire import Event, Failed, Finished, Job, Queued, Start, Tokens
 
@@ -208,6 +209,20 @@ def test_draining_lets_jobs_finish_and_takes_no_more() -> None:
             assert isinstance((await held)[-1], Failed)
             assert process._process is not None
             assert process._process.returncode == 0
+
+    run(work)
+
+
+def test_closing_does_not_wait_for_an_engine_that_is_to_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "_FIRST_PAUSE_S", 60.0)
+
+    async def work() -> None:
+        async with engine() as process:
+            await events_of(process, job("bad", "die"))
+            assert process.ready is None
+            began = awake_s()
+            await process.close(30)
+            assert awake_s() - began < 5.0
 
     run(work)
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from tenfold.errors import RunError, TenfoldError, UsageError
@@ -185,7 +186,7 @@ class EngineProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: _Link | None = None
         self._jobs: dict[str, _Events] = {}
-        self._closing = False
+        self._leaving = asyncio.Event()
         self._silent_s = self._still_s = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -208,13 +209,13 @@ class EngineProcess:
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Takes no more jobs, gives those under way `drain_s` seconds, and ends the engine when it has kept all."""
-        self._closing = True
-        try:
+        self._leaving.set()
+        with suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 await self._idle.wait()
-        except TimeoutError:
-            pass
-        if self._link is not None:
+        if self.ready is None:
+            self.kill()
+        elif self._link is not None:
             self._link.send(Shutdown())
         if self._supervisor is not None:
             done, _ = await asyncio.wait([self._supervisor], timeout=_LEAVE_S)
@@ -237,10 +238,11 @@ class EngineProcess:
                 if self._closing or not self._restart or not ever_ready:
                     break
                 pause_s = _FIRST_PAUSE_S if time.monotonic() - began > _GOOD_LIFE_S else pause_s
-                await asyncio.sleep(pause_s)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._leaving.wait()
+                        break
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                if self._closing:
-                    break
         except OSError as exc:
             self.problem = RunError(f"the engine cannot be started: {exc}")
         if self.problem is None and not self._closing:
@@ -299,9 +301,13 @@ class EngineProcess:
 
     def _fail_all(self) -> None:
         self.ready = self.pulse = None
-        message = "the server is shutting down" if self._closing else "the engine has died and is started again"
+        message = "the server is shutting down" if self._closing else "the engine has died"
         for events in tuple(self._jobs.values()):
             events.put(Failed(events.job_id, "engine", f"{message}; send the request again in a moment", again=True))
+
+    @property
+    def _closing(self) -> bool:
+        return self._leaving.is_set()
 
     # ------------------------------------------------------------------------------------------ jobs
 

@@ -118,6 +118,7 @@ class Loop:
         while self._tasks and time.monotonic() < deadline:
             self._receive(_REST_S)
             self._put_away()
+            self._flush()
         return not self._tasks
 
     def turn(self) -> None:
@@ -346,14 +347,18 @@ class Loop:
             del self._ended[task.id]
             if task.session is not None and task.sound:
                 self.scheduler.hold(task.id)
-                task.session.fall_back()
                 self._keep(task)
             if not task.keeping:
                 self._forget(task)
 
     def _keep(self, task: Task) -> None:
-        keep = task.live.keeping("end" if task.live.length >= len(task.prompt) else "auto")
         keeper = self.engine.keeper
+        try:
+            task.live.fall_back()
+            keep = task.live.keeping("end" if task.live.length >= len(task.prompt) else "auto")
+        except BaseException as exc:
+            _log.error("what a request has read cannot be kept: %s", type(exc).__name__)
+            return
         if keep is None or keeper is None:
             return
 
