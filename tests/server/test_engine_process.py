@@ -104,7 +104,7 @@ def test_many_streams_say_what_the_library_says(runner: asyncio.Runner, process:
 def test_a_long_prompt_is_dropped_within_two_seconds_and_goes_on_where_it_was(
     runner: asyncio.Runner, process: EngineProcess
 ) -> None:
-    prompt = text(30_000, 1)
+    prompt = text(15_000, 1)
 
     async def work() -> None:
         reached = 0

@@ -47,6 +47,8 @@ _QUEUE_EVERY_S = 1.0
 _TYPICAL_CONTEXT = 1 << 16
 _LEAST_STREAMED_TOKENS = 4096
 _TURN_S = 2.0
+_DECODE_SHARE = 0.55
+"""Half is promised. Behind a part of a prompt a stream finds the caches cold, and the store takes some time as well."""
 _MOST_QUEUED_TOKENS = 1 << 24
 _SHUTTING_DOWN = "the server is shutting down; send the request again in a moment"
 _log = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def policy_of(engine: Engine, queue_jobs: int) -> Policy:
     need = engine.need(min(_TYPICAL_CONTEXT, engine.config.max_position_embeddings))
     taken = need.base_bytes + need.residual_bytes + need.scratch_bytes
     memory_bytes = engine.budget.memory_bytes - taken
-    policy = Policy(memory_bytes, need.chunk_tokens, turn_s=_TURN_S, queue_jobs=queue_jobs)
+    policy = Policy(memory_bytes, need.chunk_tokens, decode_share=_DECODE_SHARE, turn_s=_TURN_S, queue_jobs=queue_jobs)
     if engine.budget.streamed:
         return replace(policy, least_chunk_tokens=min(need.chunk_tokens, _LEAST_STREAMED_TOKENS))
     return policy
