@@ -47,7 +47,7 @@ _QUEUE_EVERY_S = 1.0
 _TYPICAL_CONTEXT = 1 << 16
 _LEAST_STREAMED_TOKENS = 4096
 _TURN_S = 2.0
-_DECODE_SHARE = 0.55
+_DECODE_SHARE = 0.6
 """Half is promised. Behind a part of a prompt a stream finds the caches cold, and the store takes some time as well."""
 _MOST_QUEUED_TOKENS = 1 << 24
 _SHUTTING_DOWN = "the server is shutting down; send the request again in a moment"
