@@ -560,7 +560,7 @@ def run_transformers(bench: Bench) -> int:
     for experts in ("eager", "grouped_mm") if not bench.tiny else ("eager",):
         theirs._experts_implementation = experts
         model = hollow(theirs, bench)
-        for context in (64,) if bench.tiny else CONTEXTS:
+        for context in (512,) if bench.tiny else CONTEXTS:
             try:
                 their_step(bench, model, experts, context)
             except torch.OutOfMemoryError:

@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu.py"
         (("ops",), ("linear wq_b fp8 n=1", "top-k 1M", "attention v3.2", "hc_merge n=32")),
         (("steps", "--models", "v4-flash"), ("v4-flash 64 x 1", "v4-flash 256 x 3", "v4-flash chunk of 8 before 256")),
         (("steps", "--models", "v3.2"), ("v3.2 64 x 1", "v3.2 256 x 3", "v3.2 chunk of 8 before 256")),
-        (("transformers",), ("transformers eager 64 x 1",)),
+        (("transformers",), ("transformers eager 512 x 1",)),
     ],
     ids=["ops", "v4-flash", "v3.2", "transformers"],
 )
