@@ -7,7 +7,7 @@ the down projection always; `weigh_first` would change nothing but rounding. Kno
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -322,7 +322,8 @@ def _tiles(n: int, topk: int, routed: _Bank, beside: _Bank) -> Tiles:
     """As tall as an expert's share of the rows, so that few rows are empty."""
     share = max(1, n * topk // routed.count)
     formats = sum({1 << form for each in (routed, beside) for form in (each.gate_format, each.down_format)})
-    return tiles(min(n, share), max(routed.inner, beside.inner, routed.hidden), formats)
+    t = tiles(min(n, share), max(routed.inner, beside.inner, routed.hidden), formats)
+    return t if INTERPRET.value else replace(t, n=min(t.n, 64))  # gate and up are two sums
 
 
 def _plan(ids: Tensor, count: int, block_rows: int) -> tuple[Tensor, Tensor]:
@@ -340,7 +341,7 @@ def _plan(ids: Tensor, count: int, block_rows: int) -> tuple[Tensor, Tensor]:
     counts = torch.empty(chunks if chunks > 1 else 0, bins, dtype=torch.int32, device=ids.device)
     if chunks > 1:
         count_kernel[(chunks,)](ids, counts, pairs, count, bins, _CHUNK)
-    slab = _CHUNK if INTERPRET.value else 32
+    slab = _CHUNK if INTERPRET.value else 16
     plan_kernel[(chunks,)](
         ids, counts, order, blocks, pairs, num_blocks, count, bins, _CHUNK, block_rows, chunks == 1, slab
     )

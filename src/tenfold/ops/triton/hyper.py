@@ -22,8 +22,9 @@ _MOST_SPLITS = 64
 
 @triton.jit
 def project_kernel(
-    flat, fn, logits, squares, n, per_split,
-    K: tl.constexpr, OUTPUTS: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    flat, fn, logits, squares, n,
+    PER_SPLIT: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr,
+    BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A split's part of flat [n, K] fn^T to logits [splits, n, OUTPUTS], and of the sums of squares [splits, n]."""
     split = tl.program_id(1)
@@ -31,7 +32,7 @@ def project_kernel(
     o = tl.arange(0, BO)
     acc = tl.zeros([BM, BO], tl.float32)
     square = tl.zeros([BM], tl.float32)
-    for first in range(split * per_split, tl.minimum((split + 1) * per_split, K), BK):
+    for first in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, K), BK):
         k = first + tl.arange(0, BK)
         seen = k < K
         x = tl.load(flat + (m * K)[:, None] + k[None, :], mask=(m < n)[:, None] & seen[None, :], other=0.0)
@@ -180,8 +181,8 @@ def _mapped(
     logits = torch.empty(splits, n, outputs, device=streams.device)
     squares = torch.empty(splits, n, device=streams.device)
     project_kernel[groups, splits](
-        streams, vector(fn, (outputs, m * d)), logits, squares, n, per_split,
-        m * d, outputs, max(triton.next_power_of_2(outputs), 16), max(tall, 16), depth,
+        streams, vector(fn, (outputs, m * d)), logits, squares, n,
+        per_split, m * d, outputs, max(triton.next_power_of_2(outputs), 16), max(tall, 16), depth,
     )  # fmt: skip
     tokens = min(triton.next_power_of_2(n), 64) if INTERPRET.value else 1
     wide = triton.next_power_of_2(d)

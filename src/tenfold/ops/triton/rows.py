@@ -24,7 +24,7 @@ from tenfold.ops.triton.lowp import (
     e4m3,
     e4m3_code,
     e8m0,
-    mm_f32,
+    mm_split,
     pow2_ceil_scale,
     round_bf16,
     round_e4m3,
@@ -77,7 +77,7 @@ def _spread(x, BR: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
     parity ^= parity >> 2
     parity ^= parity >> 1
     signs = (1 - 2 * (parity & 1)).to(tl.float32)
-    return mm_f32(x, signs, tl.zeros([BR, BW], tl.float32)) * (WIDTH**-0.5)
+    return mm_split(x, signs, tl.zeros([BR, BW], tl.float32), 3) * (WIDTH**-0.5)
 
 
 @triton.jit
