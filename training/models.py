@@ -31,7 +31,7 @@ _PRO = _FLASH | {
 
 # V3.2 in its own proportions to V4-Flash: four times as many chosen tokens as Flash has chosen entries, a dense first
 # layer, experts in two groups of which one is asked.
-_V32 = configuration.preset("v3.2").raw | {
+_V32 = dict(configuration.preset("v3.2").raw) | {
     "bos_token_id": 0,
     "eos_token_id": 1,
     "first_k_dense_replace": 1,

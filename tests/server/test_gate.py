@@ -149,7 +149,7 @@ def test_no_site_is_let_in(hello: Served) -> None:
     [("abc-DEF_9", True), ("x", True), ("x" * 64, True), ("x" * 65, False), ("a b", False), ("é", False), ("", False)],
 )
 def test_request_ids(hello: Served, given: str, echoed: bool) -> None:
-    answer = hello.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": given.encode()})
+    answer = hello.http.post("/v1/chat/completions", json=CHAT, headers={b"x-request-id": given.encode()})
     assert answer.status_code == 200
     assert (answer.headers["x-request-id"] == given) is echoed
     assert len(answer.headers["x-request-id"]) in (len(given), 32)

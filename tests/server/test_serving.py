@@ -134,9 +134,9 @@ def test_the_embedded_model_is_served(tmp_path: Path) -> None:
             assert first["usage"]["completion_tokens"] == 12
             again = client.post("/v1/chat/completions", json={**CHAT, "stream": True}).text
             assert again.endswith("data: [DONE]\n\n")
-            again = {**CHAT, "prompt": "A database is", "logprobs": 2}
-            del again["messages"]
-            plain = client.post("/v1/completions", json=again).json()
+            asked: dict[str, Any] = {**CHAT, "prompt": "A database is", "logprobs": 2}
+            del asked["messages"]
+            plain = client.post("/v1/completions", json=asked).json()
             assert plain["choices"][0]["text"] == text
             assert len(plain["choices"][0]["logprobs"]["tokens"]) == 12
             claude = {**CHAT, "stream": True}

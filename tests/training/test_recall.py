@@ -126,7 +126,12 @@ def test_a_grown_network_computes_what_it_did(tmp_path: Path, monkeypatch: pytes
 
 
 def test_v32_is_trained_as_the_engine_computes_it() -> None:
-    raw = CONFIGS["tiny-v3.2"].raw | {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "index_topk": 512}
+    raw = dict(CONFIGS["tiny-v3.2"].raw) | {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "index_topk": 512,
+    }
     config = configuration.parse(raw)
     assert isinstance(config, DeepseekV32Config)
     generator = torch.Generator().manual_seed(0)
@@ -182,4 +187,6 @@ def test_a_stage_sets_the_rate() -> None:
     plan = Plan(stages=(Stage(1000, 10, 1, (1, 1), (1.0, 0.5)), Stage(2000, 10, 1, (1, 1), (0.4, 0.0))), warmup_steps=1)
     assert plan.at(0)[1] == pytest.approx(1.0)
     assert plan.at(990)[1] == pytest.approx(0.505)
-    assert plan.at(1000) == (plan.stages[1], pytest.approx(0.4))
+    stage, rate = plan.at(1000)
+    assert stage == plan.stages[1]
+    assert rate == pytest.approx(0.4)

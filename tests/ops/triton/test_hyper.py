@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.ops.cases import f32, randn
@@ -26,7 +28,7 @@ def test_mapping_merge_and_collapse(n: int, m: int, d: int) -> None:
     streams, y, norm = randn(n, m, d), randn(n, d, seed=5), f32(randn(d, seed=6) + 1)
     fn = randn((2 + m) * m, m * d, seed=1) * 0.2
     base, scale = randn((2 + m) * m, seed=2), randn(3, seed=3)
-    words = {"norm_eps": 1e-6, "eps": 1e-6}
+    words: dict[str, Any] = {"norm_eps": 1e-6, "eps": 1e-6}
     given = (streams, f32(fn), f32(base), f32(scale), norm)
     found, expected = (ops.hc_mix(*given, iterations=20, **words) for ops in (hyper, reference))
     for a, b in zip(found, expected, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.ops.cases import f32, randint, randn
@@ -29,7 +31,13 @@ def assert_near(found: Tensor, expected: Tensor, limit: float = 2e-6) -> None:
 )
 def test_the_best_experts(scoring, count: int, groups: int, topk: int, biased: bool, n: int) -> None:
     x, gate, bias = randn(n, 96), f32(randn(count, 96, seed=1)), f32(randn(count, seed=2) * 0.2)
-    words = {"scoring": scoring, "topk": topk, "scaling": 1.5, "groups": groups, "topk_group": groups // 2 or 1}
+    words: dict[str, Any] = {
+        "scoring": scoring,
+        "topk": topk,
+        "scaling": 1.5,
+        "groups": groups,
+        "topk_group": groups // 2 or 1,
+    }
     words["bias"] = bias if biased else None
     found, expected = (ops.route(x, gate, **words) for ops in (router, reference))
     assert torch.equal(found[0], expected[0])
@@ -39,7 +47,13 @@ def test_the_best_experts(scoring, count: int, groups: int, topk: int, biased: b
 def test_of_equal_experts_the_smaller_wins() -> None:
     gate, x = f32(torch.zeros(24, 8)), randn(3, 8)
     for groups in (1, 4):
-        words = {"scoring": "sigmoid", "topk": 4, "scaling": 1.0, "groups": groups, "topk_group": groups // 2 or 1}
+        words: dict[str, Any] = {
+            "scoring": "sigmoid",
+            "topk": 4,
+            "scaling": 1.0,
+            "groups": groups,
+            "topk_group": groups // 2 or 1,
+        }
         ids, weights = router.route(x, gate, **words)
         assert torch.equal(ids, reference.route(x, gate, **words)[0])
         assert torch.equal(weights, torch.full((3, 4), 0.25))

@@ -75,12 +75,12 @@ def test_rows_normed_rotated_and_packed(layout: RowLayout, spread: bool) -> None
     # A number next to a tie may be rounded to the other side: no more than one step, and that seldom.
     assert (found == expected).float().mean() > 0.999
     assert_near(reference.unpack_rows(found, layout), reference.unpack_rows(expected, layout), 0.26)
-    words = (positions(n), FREQUENCIES, layout, spread)
-    found, expected = turned.rope_round(x, *words), reference.rope_round(x, *words)
+    turn = (positions(n), FREQUENCIES, layout, spread)
+    found, expected = turned.rope_round(x, *turn), reference.rope_round(x, *turn)
     assert ((found - expected).abs() <= 2e-6 * expected.abs().max()).float().mean() > 0.999
     assert_near(found, expected, 0.26)
     exact = exact_layout(layout)
-    x = turned.norm_rope_pack(x, weight, EPS, words[0], FREQUENCIES, exact, spread)
+    x = turned.norm_rope_pack(x, weight, EPS, positions(n), FREQUENCIES, exact, spread)
     assert x.shape == (n, exact.row_bytes)
 
 
@@ -98,10 +98,10 @@ def test_channels(n: int) -> None:
             assert_near(turned.rope(heads, at, frequencies, **words), reference.rope(heads, at, frequencies, **words))
     part = heads.transpose(0, 1).contiguous().transpose(0, 1)[..., 16:32]
     assert_near(turned.rope(part, at, frequencies[:8]), reference.rope(part, at, frequencies[:8]))
-    words = (EPS, at, frequencies[:9])
-    assert_near(turned.norm_rope(heads, None, *words), reference.norm_rope(heads, None, *words))
+    turn = (EPS, at, frequencies[:9])
+    assert_near(turned.norm_rope(heads, None, *turn), reference.norm_rope(heads, None, *turn))
     own = f32(weight.data[:48])
-    assert_near(turned.norm_rope(heads, own, *words), reference.norm_rope(heads, own, *words))
+    assert_near(turned.norm_rope(heads, own, *turn), reference.norm_rope(heads, own, *turn))
 
 
 def test_angles_hold_at_a_million_tokens() -> None:

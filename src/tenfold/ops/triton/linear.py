@@ -200,7 +200,8 @@ def tiles(rows: int, out_features: int, formats: int) -> Tiles:
 
 
 def _within(size: int, low: int, high: int) -> int:
-    return min(max(triton.next_power_of_2(size), low), high)
+    power: int = triton.next_power_of_2(size)
+    return min(max(power, low), high)
 
 
 def linear(x: Tensor, weight: Weight, *, parts: int) -> Tensor:
