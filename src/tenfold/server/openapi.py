@@ -85,7 +85,7 @@ def _post(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {}}
     body = {"required": True, "content": {"application/json": {"schema": fields.schema_of(table)}}}
     statuses = {overload if status == 503 else status: says for status, says in _STATUSES.items()}
     answers = {"200": {"description": "The answer", "content": content}, **_errors(statuses)}
