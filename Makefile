@@ -44,6 +44,7 @@ test-all: lint ## the same with the slow tests
 
 test-long: env ## the server's tests that take hours, before a release
 	$(BIN)/pytest -q -m slow tests/server
+	$(BIN)/python -m tests.long
 
 test-gpu: env ## the tests of the GPU backend on this machine's NVIDIA GPU
 	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/ops/triton

@@ -1,0 +1,176 @@
+"""An engine that is killed or stands still under streams; tenants that probe each other; clocks that jump."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.long.clients import Answer, ask
+from tests.long.served import KEYS, Served, serving
+
+MODEL = "tenfold-test"
+
+
+def body(text: str, tokens: int, **more: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    return {"model": MODEL, "prompt": text, "max_tokens": tokens, "stream": True, **sampling, **more}
+
+
+def words(count: int, seed: int) -> str:
+    dice = random.Random(seed)
+    return " ".join(
+        dice.choice(("table", "index", "page", "lock", "write", "read", "file", "row")) for _ in range(count)
+    )
+
+
+async def _struck(served: Served, number: int, streams: int) -> tuple[list[Answer], float, float]:
+    """Streams under way when the engine gets a signal: their ends, when /ready noticed, when all was well again."""
+    running = [
+        asyncio.create_task(ask(served.port, "/v1/completions", body(words(20, i), 4000))) for i in range(streams)
+    ]
+    await asyncio.sleep(1.0)
+    os.kill(served.engine_pid(), number)
+    struck = time.monotonic()
+    while await asyncio.to_thread(served.ready):
+        assert time.monotonic() - struck < 120, "/ready says 200 while the engine is dead"
+        await asyncio.sleep(0.02)
+    noticed = time.monotonic() - struck
+    answers = await asyncio.gather(*running)
+    await asyncio.to_thread(served.wait, 300.0)
+    return answers, noticed, time.monotonic() - struck
+
+
+def _faults(signal_number: int, times: int, streams: int, notice_s: float) -> dict[str, Any]:
+    ended = untold = 0
+    noticed: list[float] = []
+    again: list[float] = []
+    with serving("real") as served:
+        for _ in range(times):
+            answers, notice, well = asyncio.run(_struck(served, signal_number, streams))
+            for answer in answers:
+                ended += 1
+                untold += answer.done or answer.error is None
+            noticed.append(notice)
+            again.append(well)
+        whole = asyncio.run(ask(served.port, "/v1/completions", body("Once", 8)))
+        assert whole.done, whole
+        orphans = _children_left(served)
+    found = {
+        "times": times,
+        "streams_ended": ended,
+        "without_an_error": untold,
+        "ready_503_after_s": round(max(noticed), 2),
+        "well_again_after_s_median": round(statistics.median(again), 1),
+        "orphans": orphans,
+    }
+    assert not untold, found
+    assert orphans == 0, found
+    assert max(noticed) < notice_s, found
+    return found
+
+
+def _children_left(served: Served) -> int:
+    return (
+        sum(len(file.read_text().split()) for file in Path(f"/proc/{served.process.pid}/task").glob("*/children")) - 1
+    )
+
+
+def killed(times: int = 6) -> dict[str, Any]:
+    """R18: SIGKILL of the engine under eight streams; each further death lengthens the pause before the next start."""
+    return _faults(signal.SIGKILL, times, 8, notice_s=2.0)
+
+
+def stopped(times: int = 3) -> dict[str, Any]:
+    """R18: SIGSTOP: nothing ends, nothing moves."""
+    return _faults(signal.SIGSTOP, times, 8, notice_s=30.0)
+
+
+def tenancy(probes: int = 100) -> dict[str, Any]:
+    """R21: what one key has read is neither found nor felt by another."""
+    folder = tempfile.mkdtemp(prefix="tenfold-long-")
+    cached = 0
+    fresh: list[float] = []
+    other: list[float] = []
+    own: list[float] = []
+
+    def usage(answer: Answer) -> int:
+        assert answer.done, answer
+        return int(answer.events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    async def run(served: Served) -> None:
+        nonlocal cached
+        for i in range(probes):
+            text = words(600, i)
+            await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])
+            hit = await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])
+            assert usage(hit) > 0, "a key finds what it has read itself"
+            own.append(hit.ttft_s)
+            pair = [(text, other), (words(600, 10_000 + i), fresh)]
+            random.shuffle(pair)
+            for probe, times in pair:
+                answer = await ask(served.port, "/v1/completions", body(probe, 2), key=KEYS[1])
+                cached += usage(answer)
+                times.append(answer.ttft_s)
+
+    try:
+        with serving("real", folder) as served:
+            asyncio.run(run(served))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    threshold = statistics.median(fresh + other)
+    right = sum(t < threshold for t in other) + sum(t >= threshold for t in fresh)
+    found = {
+        "probes": probes,
+        "cached_tokens_of_others": cached,
+        "classifier_percent": round(100 * right / (2 * probes), 1),
+        "ttft_ms_own": round(1e3 * statistics.median(own), 1),
+        "ttft_ms_other": round(1e3 * statistics.median(other), 1),
+        "ttft_ms_fresh": round(1e3 * statistics.median(fresh), 1),
+    }
+    assert cached == 0, found
+    assert abs(found["classifier_percent"] - 50) < 15, found
+    return found
+
+
+def clock(jumps: int = 8) -> dict[str, Any]:
+    """R28: the system's clock jumps by an hour and a day, both ways, under streams (libfaketime)."""
+    library = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+    if library is None:
+        return {"ok": None, "not_run": "libfaketime is not installed"}
+    with tempfile.TemporaryDirectory() as folder:
+        stamp = Path(folder) / "stamp"
+        stamp.write_text("+0")
+        env = {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(stamp),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+        wrong = 0
+        with serving("real", folder + "/store", env=env) as served:
+            for i in range(jumps):
+
+                async def run(shift: str) -> list[Answer]:
+                    asked = [
+                        asyncio.create_task(ask(served.port, "/v1/completions", body(words(300, j), 200)))
+                        for j in range(4)
+                    ]
+                    await asyncio.sleep(0.5)
+                    stamp.write_text(shift)
+                    return await asyncio.gather(*asked)
+
+                answers = asyncio.run(run(("+1h", "-1h", "+1d", "-1d")[i % 4]))
+                wrong += sum(not answer.done or answer.error is not None for answer in answers)
+                assert served.ready(), "the server thinks its engine is gone"
+    found = {"jumps": jumps, "streams": 4 * jumps, "failed": wrong}
+    assert not wrong, found
+    return found

@@ -1,0 +1,149 @@
+"""A server in a process of its own, to be measured, stopped and killed: `python -m tests.long.served KIND PORT STORE`.
+
+`echo` says back the nonce of its prompt, 32 tokens long, without a model; `real` has the embedded model in an engine
+process. Two API keys are let in: alpha-key-1 and beta-key-22.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from tests.server.fakes import FakeJobs, Script, plain_language, settings
+
+from tenfold.server.app import Gate
+from tenfold.server.auth import Keys
+from tenfold.server.engine_client import EngineProcess
+from tenfold.server.language import Language
+from tenfold.server.metrics import Metrics
+from tenfold.server.service import Service
+from tenfold.server.transport import guarded
+from tenfold.server.wire import Admitted, Event, Finished, Job, Queued, Ready, Start, Token, Tokens
+
+KEYS = ("alpha-key-1", "beta-key-22")
+_NONCE = re.compile(r"nonce-\d+")
+
+
+@dataclass
+class Served:
+    """The process and where it listens."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def rss_bytes(self) -> int:
+        return int(self._status("VmRSS").split()[0]) * 1024
+
+    def peak_bytes(self) -> int:
+        return int(self._status("VmHWM").split()[0]) * 1024
+
+    def threads(self) -> int:
+        return int(self._status("Threads"))
+
+    def files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def engine_pid(self) -> int:
+        """The process below this one; raises StopIteration where there is none."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return next(int(pid) for file in children for pid in file.read_text().split())
+
+    def _status(self, name: str) -> str:
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(line.split(":")[1] for line in text.splitlines() if line.startswith(f"{name}:"))
+
+    def ready(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/ready", headers=auth(), timeout=5, trust_env=False).status_code == 200
+        return False
+
+    def wait(self, seconds: float = 120.0) -> float:
+        """Until it is ready; how long that took."""
+        began = time.monotonic()
+        while not self.ready():
+            assert self.process.poll() is None, "the server has ended"
+            assert time.monotonic() - began < seconds, "the server does not get ready"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+
+def auth(key: str = KEYS[0]) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@contextlib.contextmanager
+def serving(kind: str, *more: str, env: dict[str, str] | None = None) -> Iterator[Served]:
+    """A server that is ready; ended at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tests.long.served", kind, str(port), *more]
+    process = subprocess.Popen(command, env={**os.environ, **(env or {})})
+    served = Served(process, port)
+    try:
+        served.wait()
+        yield served
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class _Forgetful(list[Any]):
+    """A soak would measure what the fake remembers."""
+
+    def append(self, item: Any) -> None:
+        pass
+
+
+def echo(language: Language) -> Script:
+    def script(job: Job) -> Sequence[Event | float]:
+        found = _NONCE.findall(language.tokenizer.decode(job.prompt)) or ["none"]
+        ids = language.tokenizer.encode(f"{found[-1]} " * 8)[: job.sampling["max_tokens"]]
+        tokens = [Tokens(job.id, (Token(token, -0.5),)) for token in ids]
+        return [Queued(job.id, 0), Admitted(job.id, 0), *tokens, Finished(job.id, "stop")]
+
+    return script
+
+
+async def _serve(kind: str, port: int, store: str | None) -> None:
+    language = plain_language()
+    jobs: FakeJobs | EngineProcess
+    if kind == "echo":
+        jobs = FakeJobs(echo(language), ready=Ready("fake", 65_536, 2048, 1 << 30, 118.8, 788.0, (1,)))
+        jobs.jobs, jobs.cancelled = _Forgetful(), _Forgetful()
+    else:
+        jobs = EngineProcess(Start("tiny-v4-flash", memory="2G", threads=1, store=store))
+        await jobs.open()
+    service = Service(jobs, language, settings(keepalive_s=2.0, write_timeout_s=20.0), Metrics("tenfold-test"))
+    made = uvicorn.Config(
+        Gate(service, Keys.of(KEYS)), host="127.0.0.1", port=port, http=guarded(2400, 10.0), log_config=None,
+        lifespan="off", ws="none", backlog=4096, timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    await uvicorn.Server(made).serve()
+    if isinstance(jobs, EngineProcess):
+        await jobs.close()
+    service.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None))
