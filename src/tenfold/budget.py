@@ -165,8 +165,8 @@ def _tile_tokens(config: ModelConfig) -> int:
 
 
 def _residual_bytes(config: ModelConfig, tokens: int) -> int:
-    """The residual streams, float32: all that is kept of a chunk from one layer to the next. V4's begin as copies of the
-    embeddings, which are there beside them at first."""
+    """The residual streams, float32: all that is kept of a chunk from one layer to the next. V4's begin as copies of
+    the embeddings, which are there beside them at first."""
     streams = config.hc_mult + 1 if isinstance(config, DeepseekV4Config) else 1
     return 4 * streams * config.hidden_size * tokens
 

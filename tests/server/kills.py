@@ -23,7 +23,7 @@ from tenfold import Engine, SamplingParams
 from tenfold.server.engine_client import EngineProcess
 from tenfold.server.wire import Admitted, Failed, Finished, Job, Start, Tokens
 
-MODEL, MEMORY = "tiny-v4-flash", "1G"
+MODEL, MEMORY = "tiny-v4-flash", "3G"
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
 TEXTS, LONGEST_TOKENS = 6, 1500
 LONGEST_S = 1.0

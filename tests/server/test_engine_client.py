@@ -205,7 +205,7 @@ def test_draining_lets_jobs_finish_and_takes_no_more() -> None:
             (refused,) = await events_of(process, job("late"))
             assert isinstance(refused, Failed)
             await closing
-            assert 0.5 <= awake_s() - began < 5.0
+            assert 0.4 <= awake_s() - began < 5.0
             assert isinstance((await held)[-1], Failed)
             assert process._process is not None
             assert process._process.returncode == 0

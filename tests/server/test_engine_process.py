@@ -31,7 +31,7 @@ def runner() -> Iterator[asyncio.Runner]:
 def process(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     """One engine for all tests here; those that kill it get it back."""
     store = tmp_path_factory.mktemp("serve") / "store"
-    start = Start("tiny-v4-flash", memory="1G", threads=1, store=str(store))
+    start = Start("tiny-v4-flash", memory="3G", threads=1, store=str(store))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
 
@@ -86,7 +86,7 @@ def in_turn(runner: asyncio.Runner, process: EngineProcess, work: Callable[[], A
 
 
 def test_many_streams_say_what_the_library_says(runner: asyncio.Runner, process: EngineProcess) -> None:
-    engine = Engine.load("tiny-v4-flash", memory="1G", threads=1)
+    engine = Engine.load("tiny-v4-flash", memory="3G", threads=1)
 
     async def work() -> None:
         jobs = [job(f"many {n}", text(20 + n, n)) for n in range(12)]

@@ -38,7 +38,7 @@ from tenfold.server.wire import (
     Tokens,
 )
 
-MEMORY = "1G"
+MEMORY = "3G"  # of a process in which other tests have run too
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 
 
