@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from tests.long import engine, load, stores
 
-TESTS = {
+TESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "streams": load.streams,
     "soak": load.soak,
     "killed": engine.killed,
