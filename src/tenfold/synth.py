@@ -34,7 +34,7 @@ from tenfold.ops.reference import dequantize
 from tenfold.quantise import MXFP4_EDGE, scale_values
 from tenfold.shards import DTYPE_BITS, INDEX_NAME
 
-__all__ = ["Fmt", "Make", "Progress", "Written", "shrink", "synth", "write_checkpoint"]
+__all__ = ["Fmt", "Make", "Progress", "Written", "shrink", "synth", "v32_twin", "write_checkpoint"]
 
 Fmt = Literal["official", "bf16", "f32"]
 Make = Callable[[TensorSpec, WeightFormat], Weight]
@@ -88,6 +88,30 @@ _PROPORTIONAL = {
     "index_n_heads": 16,
 }
 """Widths that follow `hidden`, and what they stay a multiple of; 16 index heads keep scores free of ties."""
+
+
+def v32_twin(config: DeepseekV4Config) -> dict[str, Any]:
+    """The config.json of a V3.2 network of the same width, in V3.2's own proportions to V4-Flash."""
+    published = preset("v3.2").raw
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "index_n_heads",
+            "qk_rope_head_dim", "index_head_dim", "moe_intermediate_size", "n_routed_experts", "n_shared_experts",
+            "num_experts_per_tok", "max_position_embeddings")  # fmt: skip
+    return {
+        **published,
+        **{name: getattr(config, name) for name in same},
+        "num_key_value_heads": config.num_attention_heads,
+        "kv_lora_rank": config.head_dim,
+        "qk_nope_head_dim": config.head_dim // 4,
+        "v_head_dim": config.head_dim // 4,
+        "index_topk": 4 * config.index_topk,
+        "intermediate_size": config.moe_intermediate_size * (config.num_experts_per_tok + 1),
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_nextn_predict_layers": 0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_id),
+    }
 
 
 def shrink(

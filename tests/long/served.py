@@ -129,7 +129,7 @@ async def _serve(kind: str, port: int, store: str | None) -> None:
     language = plain_language()
     jobs: FakeJobs | EngineProcess
     if kind == "echo":
-        jobs = FakeJobs(echo(language), ready=Ready("fake", 65_536, 2048, 1 << 30, 118.8, 788.0, (1,)))
+        jobs = FakeJobs(echo(language), ready=Ready("fake", 65_536, 2048, 1 << 30, 282_624, 118.8, 788.0, (1,)))
         jobs.jobs, jobs.cancelled = _Forgetful(), _Forgetful()
     else:
         jobs = EngineProcess(Start("tiny-v4-flash", memory="2G", threads=1, store=store))

@@ -61,7 +61,7 @@ class FakeEngine:
             os._exit(2)
         if start.model == "crashes":
             os._exit(7)
-        self.send(Ready(start.model, 1000, 1000, 1 << 30, 1.0, 10.0, (0,)))
+        self.send(Ready(start.model, 1000, 1000, 1 << 30, 0, 1.0, 10.0, (0,)))
         threading.Thread(target=self.beat, daemon=True).start()
         for message in messages:
             if isinstance(message, Shutdown):

@@ -80,7 +80,9 @@ class FakeJobs:
     """`Jobs`, scripted."""
 
     script: Script
-    ready: Ready | None = field(default_factory=lambda: Ready("fake", CONTEXT, 129_280, 1 << 30, 118.8, 788.0, (1,)))
+    ready: Ready | None = field(
+        default_factory=lambda: Ready("fake", CONTEXT, 129_280, 1 << 30, 282_624, 118.8, 788.0, (1,))
+    )
     pulse: Heartbeat | None = field(default_factory=lambda: Heartbeat(1, 0, 0, 0, 0, 0))
     stalled: bool = False
     jobs: list[Job] = field(default_factory=list)

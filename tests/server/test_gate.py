@@ -243,12 +243,14 @@ def test_the_log_has_numbers_and_no_text(hello: Served, caplog: pytest.LogCaptur
         hello.http.post(f"/v1/chat/completions?{secret}", json=body, headers={"x-request-id": "mine"})
         hello.http.post("/v1/chat/completions", json={**body, "reasoning_effort": secret})
         hello.http.get(f"/{secret}")
-        hello.http.get("/health")
+        for polled in ("/health", "/ready", "/status", "/metrics"):
+            assert hello.http.get(polled).status_code == 200
     lines = [line for line in caplog.messages if " s=" in line]
     assert "secret" not in caplog.text
     assert "POST /v1/chat/completions 200 id=mine client=" in lines[0]
     for said in (" prompt=", " cached=3", " completion=3", " ttft_s=", " finish=stop"):
         assert said in lines[0], said
+    assert [line.split()[1] for line in lines] == ["/v1/chat/completions", "/v1/chat/completions", "(other)"]
 
 
 def test_status_for_the_page(hello: Served) -> None:
@@ -256,7 +258,7 @@ def test_status_for_the_page(hello: Served) -> None:
     assert found["model"] == MODEL
     assert found["context"] == CONTEXT
     assert (found["running"], found["waiting"], found["kv_bytes"]) == (0, 0, 0)
-    assert found["v32_kv_bytes_per_token"] == 788.0
+    assert (found["kv_fixed_bytes"], found["v32_kv_bytes_per_token"]) == (282_624, 788.0)
 
 
 @pytest.mark.parametrize("entry", ["", "short", "has a space in it", "ümlautschlüssel", "tab\tinside-it"])

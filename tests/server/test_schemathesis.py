@@ -23,7 +23,7 @@ def examine(folder: Path, examples: int, seconds: int) -> int:
     """The number of cases; fails with schemathesis' own words."""
     language = plain_language()
     report = folder / "report.ndjson"
-    jobs = FakeJobs(saying("ok", language), Ready("fake", CONTEXT, 2048, 1 << 30, 118.8, 788.0, (1,)))
+    jobs = FakeJobs(saying("ok", language), Ready("fake", CONTEXT, 2048, 1 << 30, 282_624, 118.8, 788.0, (1,)))
     with serving(jobs.script, jobs=jobs, language=language) as served:
         words = [
             *("run", f"{served.url}/openapi.json", "--mode", "all", "--phases", "examples,coverage,fuzzing"),

@@ -24,7 +24,7 @@ MESSAGES = (
     ),
     wire.Cancel("a"),
     wire.Shutdown(),
-    wire.Ready("tiny", 1 << 20, 2048, 1 << 30, 118.8, 788.0, (1, 2)),
+    wire.Ready("tiny", 1 << 20, 2048, 1 << 30, 282_624, 118.8, 788.0, (1, 2)),
     wire.Heartbeat(1, 2, 3, 4, 5, 6),
     wire.Queued("a", 3),
     wire.Admitted("a", 12),

@@ -18,7 +18,7 @@ from tenfold import config as configuration
 from tenfold import needle, retrieval, terminal
 from tenfold.config import EMBEDDED, DeepseekV4Config, ModelConfig
 from tenfold.contexts import pretend
-from tenfold.demo.twin import TWIN, v32_twin, written_twin
+from tenfold.demo.twin import TWIN, written_twin
 from tenfold.engine import Engine, Session
 from tenfold.errors import UsageError
 from tenfold.haystack import Needle, Straw, build, embedded_document, evenly
@@ -27,7 +27,7 @@ from tenfold.planner import step_work
 from tenfold.planner.work import RAW, total_flops
 from tenfold.store import Store
 
-__all__ = ["MODEL", "Column", "Task", "chosen", "embedded_document", "show", "v32_twin"]
+__all__ = ["MODEL", "Column", "Task", "chosen", "embedded_document", "show"]
 
 MODEL = "tiny-v4-flash"
 _SAMPLE_TOKENS = 512

@@ -43,6 +43,7 @@ _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _LINGER_S = 2.0
 _OPEN = ("/health", "/")
 _OPEN_FOLDER = "/static/"
+_POLLED = ("/health", "/ready", "/status", "/metrics")  # asked every few seconds: logged when they fail
 _SAFE = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 Handler = Callable[[Call], Awaitable[None]]
@@ -137,12 +138,12 @@ class Gate:
     def _write_down(self, scope: Scope, sent: _Sent, call: Call | None, seconds: float) -> None:
         route = getattr(scope.get("endpoint"), "name", "(other)")  # a path may hold anything
         self._service.metrics.answered(route, sent.status)
-        said = {} if call is None else call.said
-        details = "".join(f" {name}={value}" for name, value in said.items() if value is not None)
+        figures = {} if call is None else call.said
+        details = "".join(f" {name}={value}" for name, value in figures.items() if value is not None)
         client = "" if call is None else f" client={call.client[:8]}"
-        _log.info(
-            "%s %s %d id=%s%s s=%.3f%s", scope["method"], route, sent.status, sent.request_id, client, seconds, details
-        )
+        level = logging.DEBUG if route in _POLLED and sent.status == 200 else logging.INFO
+        said = (scope["method"], route, sent.status, sent.request_id, client, seconds, details)
+        _log.log(level, "%s %s %d id=%s%s s=%.3f%s", *said)
 
 
 class _Sent:

@@ -35,7 +35,7 @@ async def status(call: Call) -> None:
     found, pulse = call.service.jobs.ready, call.service.jobs.pulse
     said: dict[str, Any] = {"model": call.service.name}
     limits = {} if found is None else asdict(found)
-    for name in ("context", "kv_bytes_per_token", "v32_kv_bytes_per_token", "kv_fixed_bytes", "v32_kv_fixed_bytes"):
+    for name in ("context", "kv_fixed_bytes", "kv_bytes_per_token", "v32_kv_bytes_per_token"):
         said[name] = limits.get(name)
     for name in ("running", "waiting", "kv_bytes"):
         said[name] = None if pulse is None else getattr(pulse, name)

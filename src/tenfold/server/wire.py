@@ -114,12 +114,13 @@ class Shutdown:
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The engine has loaded. `limits` in tokens and bytes: context, vocab_size, memory_bytes, chunk_tokens;
-    `kv_bytes_per_token` of this model, `v32_kv_bytes_per_token` of V3.2."""
+    `kv_fixed_bytes` and `kv_bytes_per_token` of this model, `v32_kv_bytes_per_token` of a V3.2 as wide and deep."""
 
     model: str
     context: int
     vocab_size: int
     memory_bytes: int
+    kv_fixed_bytes: int
     kv_bytes_per_token: float
     v32_kv_bytes_per_token: float
     eos_ids: tuple[int, ...]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tenfold import config as configuration
 from tenfold.completion import load_tokenizer
+from tenfold.config import DeepseekV4Config
 from tenfold.constrain.matcher import Grammars
 from tenfold.engine import Engine
 from tenfold.errors import TenfoldError
@@ -37,6 +38,7 @@ from tenfold.server.wire import (
     frame_sizes,
 )
 from tenfold.store import Store
+from tenfold.synth import v32_twin
 
 __all__ = ["Channel", "main"]
 
@@ -125,13 +127,15 @@ def _grammars(start: Start, engine: Engine) -> Grammars:
 
 def _ready(start: Start, engine: Engine) -> Ready:
     config = engine.config
+    as_v32 = configuration.parse(v32_twin(config)) if isinstance(config, DeepseekV4Config) else config
     return Ready(
         model=configuration.locate(start.model).name,
         context=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         memory_bytes=engine.budget.memory_bytes,
+        kv_fixed_bytes=sum(config.kv_bytes(0).values()),
         kv_bytes_per_token=config.kv_bytes_per_token,
-        v32_kv_bytes_per_token=configuration.preset("v3.2").kv_bytes_per_token,
+        v32_kv_bytes_per_token=as_v32.kv_bytes_per_token,
         eos_ids=config.eos_token_id,
     )
 

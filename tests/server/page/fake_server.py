@@ -27,7 +27,6 @@ STATUS = {
     "context": 1_048_576,
     "kv_fixed_bytes": 282_624,
     "kv_bytes_per_token": 118.6,
-    "v32_kv_fixed_bytes": 0,
     "v32_kv_bytes_per_token": 1312.0,
     "running": 1,
     "waiting": 0,

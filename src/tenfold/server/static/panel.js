@@ -54,7 +54,7 @@ export class Panel {
   #memory(tokens) {
     const server = this.#server;
     const own = size(tokens, server?.kv_fixed_bytes, server?.kv_bytes_per_token);
-    const other = size(tokens, server?.v32_kv_fixed_bytes, server?.v32_kv_bytes_per_token);
+    const other = size(tokens, 0, server?.v32_kv_bytes_per_token);
     put("panel-kv", own === null ? NONE : bytes(own));
     put("panel-v32", other === null ? NONE : bytes(other) + (own ? `, ${ratio(other / own)} times as much` : ""));
     const longer = Math.max(own ?? 0, other ?? 0) || 1;
