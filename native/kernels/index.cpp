@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t group = 4;         // heads that go through the inner loops together
 constexpr int64_t chunk_keys = 96;   // keys unpacked at a time: 12 KB as bytes, 48 KB as float32, of 128 channels
 constexpr int64_t float_keys = 24;   // keys of an inner loop over float32
-constexpr int64_t byte_keys = 16;    // keys of an inner loop over bytes
+constexpr int64_t byte_keys = 16;    // keys of a tile of bytes; two tiles are scored at a time
 constexpr int64_t most_queries = 16;
 
 // ------------------------------------------------------------------------------------------ the best rows
@@ -256,59 +256,84 @@ void spread_bytes(const uint8_t* const* rows, const RowLayout& layout, int64_t h
     }
 }
 
-// sums[h] += head h . key over a block of 32 channels, for 16 keys. No sum leaves 16 bits: 24 * 12 * 2 * 8 < 2^15.
-// A function of its own, its loop not unrolled: else the compiler runs out of registers.
-__attribute__((noinline)) void add_block(const __m256i* words, const __m256i* start, const uint8_t* bytes, int64_t dim,
-                                         const float* key_scales, const float* scales, int64_t blocks, __m256* sums) {
-    __m256i first[group], second[group];
-    for (int h = 0; h < group; ++h) {
-        first[h] = start[0];
-        second[h] = start[1];
+// sums[h] += head h . key over a block of 32 channels, for `Tiles` tiles of 16 keys, from the block's first channel in
+// the first of them on. No sum leaves 16 bits: 24 * 12 * 2 * 8 < 2^15. A function of its own, its loop not unrolled:
+// else the compiler runs out of registers.
+template <int Heads, int Tiles>
+__attribute__((noinline)) void add_block(const ByteKeys& keys, int64_t block, const uint8_t* bytes, int64_t dim,
+                                         const float* scales, __m256* sums) {
+    const int64_t blocks = dim / 32;
+    const __m256i* const words = reinterpret_cast<const __m256i*>(keys.words) + 16 * block;
+    const __m256i* const start = reinterpret_cast<const __m256i*>(keys.correction) + 2 * block;
+    const int64_t next_words = dim / 2, next_start = 2 * blocks;
+    __m256i dots[Heads][2 * Tiles];
+    for (auto& of_head : dots) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * Tiles; ++v) of_head[v] = start[v / 2 * next_start + v % 2];
     }
 #pragma GCC unroll 1
     for (int i = 0; i < 8; ++i) {
-        for (int h = 0; h < group; ++h) {
+#pragma GCC unroll 4
+        for (int h = 0; h < Heads; ++h) {
             int32_t word;
             __builtin_memcpy(&word, bytes + h * dim + 4 * i, 4);
             const __m256i four = _mm256_set1_epi32(word);
-            first[h] = _mm256_add_epi16(first[h], _mm256_maddubs_epi16(four, words[2 * i]));
-            second[h] = _mm256_add_epi16(second[h], _mm256_maddubs_epi16(four, words[2 * i + 1]));
-        }
-    }
-    const __m256i ones = _mm256_set1_epi16(1);
-    const __m256 key_scale[2] = {_mm256_load_ps(key_scales), _mm256_load_ps(key_scales + 8)};
-    for (int h = 0; h < group; ++h) {
-        const __m256 scale = _mm256_broadcast_ss(scales + h * blocks);
-        const __m256 dots[2] = {_mm256_cvtepi32_ps(_mm256_madd_epi16(first[h], ones)),
-                                _mm256_cvtepi32_ps(_mm256_madd_epi16(second[h], ones))};
-        sums[2 * h] = _mm256_fmadd_ps(dots[0], _mm256_mul_ps(key_scale[0], scale), sums[2 * h]);
-        sums[2 * h + 1] = _mm256_fmadd_ps(dots[1], _mm256_mul_ps(key_scale[1], scale), sums[2 * h + 1]);
-    }
-}
-
-void score_bytes(const ByteQuery& query, const float* weights, int64_t heads, int64_t dim, const ByteKeys& keys,
-                 float* scores) {
-    const int64_t blocks = dim / 32;
-    const __m256i* const words = reinterpret_cast<const __m256i*>(keys.words);
-    const __m256i* const start = reinterpret_cast<const __m256i*>(keys.correction);
-    __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t head = 0; head < heads; head += group) {
-        __m256 sums[2 * group];
-        for (auto& sum : sums) sum = _mm256_setzero_ps();
-        for (int64_t b = 0; b < blocks; ++b) {
-            const uint8_t* const bytes = query.bytes + head * dim + 32 * b;
-            add_block(words + 16 * b, start + 2 * b, bytes, dim, keys.scales + byte_keys * b,
-                      query.scales + head * blocks + b, blocks, sums);
-        }
-        for (int h = 0; h < group; ++h) {
-            const __m256 weight = _mm256_broadcast_ss(weights + head + h);
-            for (int i = 0; i < 2; ++i) {
-                const __m256 positive = _mm256_max_ps(sums[2 * h + i], _mm256_setzero_ps());
-                total[i] = _mm256_fmadd_ps(positive, weight, total[i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < 2 * Tiles; ++v) {
+                const __m256i products = _mm256_maddubs_epi16(four, words[v / 2 * next_words + 2 * i + v % 2]);
+                dots[h][v] = _mm256_add_epi16(dots[h][v], products);
             }
         }
     }
-    for (int i = 0; i < 2; ++i) _mm256_storeu_ps(scores + 8 * i, total[i]);
+    const __m256i ones = _mm256_set1_epi16(1);
+    const float* const key_scales = keys.scales + byte_keys * block;
+#pragma GCC unroll 4
+    for (int v = 0; v < 2 * Tiles; ++v) {
+        const __m256 key_scale = _mm256_load_ps(key_scales + v / 2 * byte_keys * blocks + v % 2 * 8);
+#pragma GCC unroll 4
+        for (int h = 0; h < Heads; ++h) {
+            const __m256 scale = _mm256_mul_ps(key_scale, _mm256_broadcast_ss(scales + h * blocks));
+            const __m256 exact = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[h][v], ones));
+            __m256& sum = sums[2 * Tiles * h + v];
+            sum = _mm256_fmadd_ps(exact, scale, sum);
+        }
+    }
+}
+
+// The scores of `Tiles` tiles of 16 keys, which lie behind one another.
+template <int Heads, int Tiles>
+void score_bytes(const ByteQuery& query, const float* weights, int64_t heads, int64_t dim, const ByteKeys& keys,
+                 float* scores) {
+    constexpr int kVectors = 2 * Tiles;
+    const int64_t blocks = dim / 32;
+    __m256 total[kVectors];
+    for (auto& of_keys : total) of_keys = _mm256_setzero_ps();
+    for (int64_t head = 0; head < heads; head += Heads) {
+        __m256 sums[Heads * kVectors];
+        for (auto& sum : sums) sum = _mm256_setzero_ps();
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* const bytes = query.bytes + head * dim + 32 * b;
+            add_block<Heads, Tiles>(keys, b, bytes, dim, query.scales + head * blocks + b, sums);
+        }
+        for (int h = 0; h < Heads; ++h) {
+            const __m256 weight = _mm256_broadcast_ss(weights + head + h);
+            for (int v = 0; v < kVectors; ++v) {
+                const __m256 positive = _mm256_max_ps(sums[kVectors * h + v], _mm256_setzero_ps());
+                total[v] = _mm256_fmadd_ps(positive, weight, total[v]);
+            }
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(scores + 8 * v, total[v]);
+}
+
+// The scores of two tiles.
+void score_two_tiles(const ByteQuery& query, const float* weights, int64_t heads, int64_t dim, const ByteKeys& keys,
+                     float* scores) {
+    if (heads <= 2) return score_bytes<2, 2>(query, weights, heads, dim, keys, scores);
+    score_bytes<group, 1>(query, weights, heads, dim, keys, scores);
+    const ByteKeys second{keys.words + byte_keys * dim, keys.correction + byte_keys * dim / 16,
+                          keys.scales + byte_keys * (dim / 32)};
+    score_bytes<group, 1>(query, weights, heads, dim, second, scores + byte_keys);
 }
 
 bool has_byte_keys(const RowLayout& layout) {
@@ -319,7 +344,7 @@ bool has_byte_keys(const RowLayout& layout) {
 
 // Bytes gain nothing without vectors: float32 is as exact, save for the order of a sum.
 void spread_bytes(const uint8_t* const*, const RowLayout&, int64_t, const ByteKeys&) {}
-void score_bytes(const ByteQuery&, const float*, int64_t, int64_t, const ByteKeys&, float*) {}
+void score_two_tiles(const ByteQuery&, const float*, int64_t, int64_t, const ByteKeys&, float*) {}
 bool has_byte_keys(const RowLayout&) { return false; }
 
 #endif
@@ -446,9 +471,9 @@ struct Worker {
     }
 
     void score_as_bytes(int64_t i, int64_t seen) {
-        const int64_t heads = call.padded_heads();
-        for (int64_t key = 0; key < seen; key += byte_keys) {
-            score_bytes(byte_query_of(i), weights + i * heads, heads, call.dim, byte_keys_from(key), scores + key);
+        const float* const of_heads = weights + i * call.padded_heads();
+        for (int64_t key = 0; key < seen; key += 2 * byte_keys) {
+            score_two_tiles(byte_query_of(i), of_heads, call.heads, call.dim, byte_keys_from(key), scores + key);
         }
     }
 
@@ -462,7 +487,7 @@ struct Worker {
 
     void unpack(int64_t first_key, int64_t last_key, bool as_bytes) {
         const int64_t count = last_key - first_key < chunk_keys ? last_key - first_key : chunk_keys;
-        const int64_t unit = as_bytes ? byte_keys : float_keys;
+        const int64_t unit = as_bytes ? 2 * byte_keys : float_keys;
         const int64_t row_bytes = call.layout.row_bytes;
         for (int64_t i = 0; i < round_up(count, unit); i += 8) {
             const int64_t ahead = first_key + i + 2 * chunk_keys;
