@@ -6,7 +6,8 @@ endif
 BIN := .venv/bin
 STAMP := .venv/.tenfold-env
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)
-SANITIZED_TESTS := -q -m 'not slow' -k 'cpu or native' tests/ops tests/test_native.py tests/test_engine.py
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadgroup
+SANITIZED_TESTS := $(SIDE_BY_SIDE) -q -m 'not slow' -k 'cpu or native' tests/ops tests/test_native.py tests/test_engine.py
 
 .DEFAULT_GOAL := help
 .PHONY: help env run test test-all test-long test-gpu lint sanitize oracle clean
@@ -35,11 +36,11 @@ lint: env ## style and types
 	$(BIN)/mypy
 
 test: lint ## style, types, tests and the sanitizers
-	$(BIN)/pytest -q -m 'not slow'
+	$(BIN)/pytest $(SIDE_BY_SIDE) -q -m 'not slow'
 	@$(MAKE) --no-print-directory sanitize
 
 test-all: lint ## the same with the slow tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest $(SIDE_BY_SIDE) -q
 	@$(MAKE) --no-print-directory sanitize
 
 test-long: env ## the server's tests that take hours, before a release

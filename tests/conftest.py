@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+SERVER = Path(__file__).parent / "server"
+
 # Triton reads it when it is imported, and torch or transformers may be the first to do that. `make test-gpu` sets 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Side by side (`pytest -n`), each process with a core of its own: waiting threads that spin would take another's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A busy machine is not a failure; an example that failed once is printed in a form that can be pasted.
 settings.register_profile("tenfold", deadline=None, print_blob=True)
 settings.load_profile("tenfold")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The server's tests start processes and watch the clock: with `--dist loadgroup` one after another."""
+    for item in items:
+        if SERVER in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("server"))
 
 
 @pytest.fixture

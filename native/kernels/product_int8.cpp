@@ -1,7 +1,8 @@
 // Mxfp4 weights times activations rounded to int8, one scale per 32: the products within a block are exact integers.
 //
 // As a byte 2 w + 12 every weight is an unsigned number up to 24, so that byte products are summed in 16 bits without
-// overflow (4 * 24 * 127 < 2^15); 12 times the sum of the activations is taken off afterwards, in 32 bits.
+// overflow (4 * 24 * 127 < 2^15); 12 times the sum of the activations is taken off afterwards, in 32 bits. Each
+// instruction set keeps the activations in an order of its own.
 #include "product_int8.hpp"
 
 #ifdef __AVX512VNNI__
@@ -27,11 +28,6 @@ Step step_of(uint32_t largest_bits) {
     return {127.0F / largest, largest * (0.5F / 127.0F)};
 }
 
-void set_block(Pair& pair, int half, float scale, int32_t sum) {
-    for (int lane = 0; lane < 4; ++lane) pair.scale[4 * half + lane] = scale;
-    for (int lane = 0; lane < kCorrectedLanes; ++lane) pair.correction[4 * half + lane] = -12 * sum;
-}
-
 #ifdef __AVX2__
 
 uint32_t largest_of(__m256i sizes) {
@@ -46,8 +42,7 @@ int32_t sum_of(__m256i numbers) {
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
 }
 
-// One block of 32 into half `half` of a pair.
-void quantise(const float* x, Pair& pair, int half) {
+Rounded rounded(const float* x) {
     __m256i sizes = _mm256_setzero_si256(), codes[4];
     for (int i = 0; i < 4; ++i) {
         const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + 8 * i));
@@ -66,22 +61,17 @@ void quantise(const float* x, Pair& pair, int half) {
     const __m256i even_first = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
     const __m256i split = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, even_first), 0xD8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(pair.even + 16 * half), _mm256_castsi256_si128(split));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(pair.odd + 16 * half), _mm256_extracti128_si256(split, 1));
-    set_block(pair, half, step.half, sum_of(sums));
+    Rounded block;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(block.even), _mm256_castsi256_si128(split));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(block.odd), _mm256_extracti128_si256(split, 1));
+    block.half = step.half;
+    block.sum = sum_of(sums);
+    return block;
 }
 
 #else
 
-struct Row {
-    const uint8_t *codes, *scale;
-    Row(const Matrix& m, int64_t row)
-        : codes(static_cast<const uint8_t*>(m.codes) + row * (m.in / 2)),
-          scale(static_cast<const uint8_t*>(m.scale) + row * (m.in / 32)) {}
-};
-
-// One block of 32 into half `half` of a pair.
-void quantise(const float* x, Pair& pair, int half) {
+Rounded rounded(const float* x) {
     uint32_t largest = 0;
     for (int i = 0; i < 32; ++i) {
         uint32_t bits;
@@ -90,37 +80,39 @@ void quantise(const float* x, Pair& pair, int half) {
         largest = bits > largest ? bits : largest;
     }
     const Step step = step_of(largest);
-    int32_t sum = 0;
+    Rounded block{};
+    block.half = step.half;
     for (int i = 0; i < 32 && step.inverse > 0; ++i) {
         const int32_t code = static_cast<int32_t>(__builtin_nearbyintf(x[i] * step.inverse));
-        int8_t* to = i % 2 == 0 ? pair.even : pair.odd;
-        to[16 * half + i / 2] = static_cast<int8_t>(code);
-        sum += code;
+        int8_t* const to = i % 2 == 0 ? block.even : block.odd;
+        to[i / 2] = static_cast<int8_t>(code);
+        block.sum += code;
     }
-    set_block(pair, half, step.half, sum);
+    return block;
 }
 
-// The sum of one block's products, an exact integer: half `half` of the pair.
-int32_t block_sum(const uint8_t* codes, const Pair& x, int half) {
+void keep_block(const Rounded& block, int64_t in, void* panels, int64_t, int64_t row, int64_t at) {
+    static_cast<Rounded*>(panels)[row * (in / 32) + at] = block;
+}
+
+// The sum of one block's products, an exact integer.
+int32_t block_sum(const uint8_t* codes, const Rounded& x) {
     static const int8_t doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
     int32_t sum = 0;
-    for (int i = 0; i < 16; ++i) {
-        sum += doubled[codes[i] & 15] * x.even[16 * half + i] + doubled[codes[i] >> 4] * x.odd[16 * half + i];
-    }
+    for (int i = 0; i < 16; ++i) sum += doubled[codes[i] & 15] * x.even[i] + doubled[codes[i] >> 4] * x.odd[i];
     return sum;
 }
 
 void multiply_rows(const Product& p, int64_t first, int64_t last) {
+    const int64_t blocks = p.weight.in / 32;
     for (int64_t r = first; r < last; ++r) {
-        const Row row(p.weight, r);
+        const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + r * blocks * 16;
+        const uint8_t* const scale = static_cast<const uint8_t*>(p.weight.scale) + r * blocks;
         for (int64_t i = 0; i < p.count; ++i) {
+            const Rounded* const x = reinterpret_cast<const Rounded*>(p.panels) + (p.first_row + i) * blocks;
             double sum = 0;
-            for (int64_t block = 0; block < p.weight.in / 32; ++block) {
-                const int64_t pair = block / 2, panel = pair / kPairs * kPairs;
-                const Pair& x = pair_row(p, panel, i)[pair - panel];
-                const int half = static_cast<int>(block % 2);
-                sum += static_cast<double>(block_sum(row.codes + 16 * block, x, half)) * x.scale[4 * half] *
-                       scale_of(row.scale[block]);
+            for (int64_t b = 0; b < blocks; ++b) {
+                sum += static_cast<double>(block_sum(codes + 16 * b, x[b])) * x[b].half * scale_of(scale[b]);
             }
             float* y = y_row(p, i, r);
             *y = static_cast<float>(p.add ? *y + sum : sum);
@@ -133,13 +125,7 @@ void multiply_rows(const Product& p, int64_t first, int64_t last) {
 }  // namespace
 
 void pack_row_int8(const float* x, int64_t in, void* panels, int64_t panel_rows, int64_t row) {
-    for (int64_t pair = 0; pair < num_pairs(in); ++pair) {
-        const int64_t panel = pair / kPairs * kPairs;
-        Pair& to = static_cast<Pair*>(panels)[panel_rows * panel + row * panel_width(in, panel) + (pair - panel)];
-        std::memset(&to, 0, sizeof(to));
-        quantise(x + 64 * pair, to, 0);
-        if (64 * pair + 32 < in) quantise(x + 64 * pair + 32, to, 1);
-    }
+    for (int64_t at = 0; at < in / 32; ++at) keep_block(rounded(x + 32 * at), in, panels, panel_rows, row, at);
 }
 
 void multiply_int8(const Product& product, int64_t first, int64_t last) { multiply_rows(product, first, last); }

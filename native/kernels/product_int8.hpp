@@ -8,40 +8,39 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-// 64 activations, two blocks side by side: bytes of even columns, then of odd ones, as the nibbles of a weight lie.
-struct Pair {
-    int8_t even[32], odd[32];
-    float scale[8];         // half the scale of either block, in four lanes each
-    int32_t correction[8];  // -12 times the sum of either block's bytes, in its first kCorrectedLanes lanes
-};
+constexpr int64_t kPairs = 16;  // pairs of blocks of 32 columns in a panel
 
-#ifdef __AVX512VNNI__
-constexpr int kCorrectedLanes = 1;  // of the four that are summed
-#else
-constexpr int kCorrectedLanes = 4;
-#endif
+inline int64_t num_pairs(int64_t in) { return (in + 63) / 64; }
 
-constexpr int64_t kPairs = 16;  // of a panel, 2 KiB per row
+inline int64_t panel_width(int64_t in, int64_t pair) { return smaller(kPairs, num_pairs(in) - pair); }
 
-int64_t num_pairs(int64_t in) { return (in + 63) / 64; }
-
-int64_t panel_width(int64_t in, int64_t pair) { return smaller(kPairs, num_pairs(in) - pair); }
-
-const Pair* pair_row(const Product& p, int64_t pair, int64_t i) {
-    const Pair* panels = reinterpret_cast<const Pair*>(p.panels);
-    return panels + p.panel_rows * pair + (p.first_row + i) * panel_width(p.weight.in, pair);
-}
-
-// The blocks of 32 of one panel.
+// The blocks of the panel that begins with `pair`.
 inline int64_t blocks_of(int64_t in, int64_t pair) { return smaller(2 * kPairs, in / 32 - 2 * pair); }
+
+// 32 activations: bytes of even columns, then of odd ones, as the nibbles of a weight lie.
+struct Rounded {
+    int8_t even[16], odd[16];
+    float half;   // half the scale: weights are doubled
+    int32_t sum;  // of the bytes
+};
 
 #ifdef __AVX2__
 
 // Eight e8m0 bytes as numbers; 0 is subnormal and 255 is NaN, which shifting alone would both miss.
-inline __m256 powers_of(const uint8_t* codes) {
-    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+inline __m256 powers_of(__m128i codes) {
+    const __m256i wide = _mm256_cvtepu8_epi32(codes);
     const __m256i number = _mm256_max_epu32(_mm256_slli_epi32(wide, 23), _mm256_set1_epi32(0x00400000));
     return _mm256_castsi256_ps(_mm256_or_si256(number, _mm256_cmpeq_epi32(wide, _mm256_set1_epi32(255))));
+}
+
+inline __m128i load_eight(const uint8_t* bytes) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)); }
+
+// Eight bytes of a row from `at` on, zeros behind its `count`.
+inline __m128i eight_of(const uint8_t* row, int64_t at, int64_t count) {
+    if (count - at >= 8) return load_eight(row + at);
+    uint8_t rest[8] = {};
+    std::memcpy(rest, row + at, static_cast<size_t>(count - at));
+    return load_eight(rest);
 }
 
 #endif

@@ -1,9 +1,10 @@
 // AVX2: what product_int8.cpp leaves to this file.
 //
-// Vectors hold eight weight rows side by side, four columns of each: a block of 32 takes eight of them, whose byte
-// products are summed in 16 bits by halves, in 32 bits, and only then become one float32 a row. Sums of even and of
-// odd blocks go on apart and are added when the panel ends. One activation row alone is multiplied in the order of
-// the memory instead, which saves turning the weights; the sums, exact until they are floats, are the same.
+// A row's sum within a panel has eight parts, each of every eighth block of 32. One activation row alone takes weights
+// row after row, as they lie in memory, four pairs of blocks at a time: eight blocks become a vector of their sums.
+// More activation rows take eight weight rows side by side, four columns of each, and one block becomes a vector of
+// eight rows' sums. Byte products are summed in 16 bits, by halves of a block, and in 32 bits before they become
+// float32; exact until then, and the same parts either way.
 #pragma once
 
 #include "product_int8.hpp"
@@ -11,63 +12,48 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int kEight = 8;  // weight rows side by side
+constexpr int64_t kParts = 8;
+constexpr int64_t kQuadPairs = 4;
 
-// Of eight weight rows from `row` on, the last one again where fewer are left.
-struct Group {
-    const uint8_t *codes[kEight], *scale[kEight];
-    Group(const Matrix& m, int64_t row, int64_t last) {
-        for (int64_t r = 0; r < kEight; ++r) {
-            const int64_t at = smaller(row + r, last - 1);
-            codes[r] = static_cast<const uint8_t*>(m.codes) + at * (m.in / 2);
-            scale[r] = static_cast<const uint8_t*>(m.scale) + at * (m.in / 32);
-        }
-    }
+constexpr int64_t part_of(int64_t block) { return block % 8 / 2 + block % 2 * 4; }
+
+// Up to 256 activations, in panels behind one another; of the last quad of a row only the pairs that exist.
+struct Quad {
+    float scale[kParts];        // of each block, by parts: half its scale
+    int32_t correction[kParts];  // -12 times the sum of its bytes
+    struct {
+        int8_t even[32], odd[32];  // of either block 16
+    } pair[kQuadPairs];
 };
 
-// The scales of a panel of a group, block by block; of a block the group's eight, or of a pair of blocks four rows'
-// for the first and then for the second.
-class Scales {
-public:
-    void set_eight(const Group& rows, int64_t pair, int64_t count) {
-        for (int64_t block = 0; block < count; block += 8) {
-            __m128i row[kEight];
-            for (int r = 0; r < kEight; ++r) row[r] = eight_of(rows.scale[r] + 2 * pair, block, count);
-            const __m128i a = _mm_unpacklo_epi8(row[0], row[1]), b = _mm_unpacklo_epi8(row[2], row[3]);
-            const __m128i c = _mm_unpacklo_epi8(row[4], row[5]), d = _mm_unpacklo_epi8(row[6], row[7]);
-            const __m128i first = _mm_unpacklo_epi16(a, b), second = _mm_unpackhi_epi16(a, b);
-            const __m128i third = _mm_unpacklo_epi16(c, d), fourth = _mm_unpackhi_epi16(c, d);
-            keep(block, _mm_unpacklo_epi32(first, third), _mm_unpackhi_epi32(first, third));
-            keep(block + 4, _mm_unpacklo_epi32(second, fourth), _mm_unpackhi_epi32(second, fourth));
-        }
-    }
+constexpr int64_t kPairBytes = 64, kQuadBytes = sizeof(Quad);
 
-    void set_four(const uint8_t* const* scale, int64_t pair, int64_t count) {
-        for (int64_t block = 0; block < count; block += 8) {
-            __m128i row[4];
-            for (int r = 0; r < 4; ++r) row[r] = eight_of(scale[r] + 2 * pair, block, count);
-            const __m128i a = _mm_unpacklo_epi8(row[0], row[1]), b = _mm_unpacklo_epi8(row[2], row[3]);
-            keep(block / 2, _mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b));
-        }
-    }
+inline int64_t panel_bytes(int64_t width) {
+    return (width + kQuadPairs - 1) / kQuadPairs * (kQuadBytes - kQuadPairs * kPairBytes) + width * kPairBytes;
+}
 
-    __m256 of(int64_t at) const { return powers_of(bytes_[at]); }
+// Row `row` of the panel that begins with `pair`.
+inline int64_t panel_offset(int64_t in, int64_t panel_rows, int64_t pair, int64_t row) {
+    return panel_rows * (pair / kPairs * panel_bytes(kPairs)) + row * panel_bytes(panel_width(in, pair));
+}
 
-private:
-    void keep(int64_t at, __m128i two, __m128i next_two) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes_[at]), two);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes_[at + 2]), next_two);
-    }
+inline void keep_block(const Rounded& block, int64_t in, void* panels, int64_t panel_rows, int64_t row, int64_t at) {
+    const int64_t pair = at / 2, panel = pair / kPairs * kPairs, half = at % 2, part = part_of(at);
+    const int64_t quad = (pair - panel) / kQuadPairs, place = (pair - panel) % kQuadPairs;
+    uint8_t* const bytes = static_cast<uint8_t*>(panels) + panel_offset(in, panel_rows, panel, row);
+    Quad& to = *reinterpret_cast<Quad*>(bytes + quad * kQuadBytes);
+    if (place == 0 && half == 0) std::memset(&to, 0, sizeof(to) - sizeof(to.pair));
+    if (half == 0) std::memset(&to.pair[place], 0, kPairBytes);
+    std::memcpy(to.pair[place].even + 16 * half, block.even, sizeof(block.even));
+    std::memcpy(to.pair[place].odd + 16 * half, block.odd, sizeof(block.odd));
+    to.scale[part] = block.half;
+    to.correction[part] = -12 * block.sum;
+}
 
-    static __m128i eight_of(const uint8_t* row, int64_t block, int64_t count) {
-        if (count - block >= 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + block));
-        uint8_t rest[8] = {};
-        std::memcpy(rest, row + block, static_cast<size_t>(count - block));
-        return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rest));
-    }
-
-    uint8_t bytes_[2 * kPairs][kEight];
-};
+inline const Quad* quads_of(const Product& p, int64_t pair, int64_t i) {
+    const uint8_t* const panels = reinterpret_cast<const uint8_t*>(p.panels);
+    return reinterpret_cast<const Quad*>(panels + panel_offset(p.weight.in, p.panel_rows, pair, p.first_row + i));
+}
 
 // The bytes 2 w + 12 of the even columns; those of the odd ones lie four bits higher.
 inline __m256i even_of(__m256i codes) {
@@ -84,15 +70,12 @@ inline __m256 add_exact(__m256i exact, __m256 scale, __m256 x_scale, __m256 sum)
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), _mm256_mul_ps(scale, x_scale), sum);
 }
 
-inline void prefetch_panel(const Group& rows, int64_t offset, int64_t in) {
-    for (const uint8_t* codes : rows.codes) {  // a row is short: the hardware's own prefetch starts again with each
-        _mm_prefetch(reinterpret_cast<const char*>(codes) + offset + kEight * in / 2, _MM_HINT_T0);
-    }
-}
-
 // ------------------------------------------------------------------------------- one activation row
 
-inline __m256i row_sums(const uint8_t* codes, const Pair& x) {
+constexpr int64_t kAheadBytes = 2048;  // of memory's delay, at some 10 GB/s
+
+template <class Bytes>
+inline __m256i pair_sums(const uint8_t* codes, const Bytes& x) {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.even));
     const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.odd));
@@ -100,55 +83,98 @@ inline __m256i row_sums(const uint8_t* codes, const Pair& x) {
                                        _mm256_maddubs_epi16(odd_of(both), odd)));
 }
 
-inline __m256i two_rows(__m256i a, __m256i b) {
+inline __m256i two_pairs(__m256i a, __m256i b) {
     return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
 }
 
-// Four weight rows: their sums over the first block of a pair, beside those over the second.
-inline __m256 add_pair(const uint8_t* const* codes, int64_t offset, __m256 scale, const Pair& x, __m256 sum) {
-    const __m256i a = two_rows(row_sums(codes[0] + offset, x), row_sums(codes[1] + offset, x));
-    const __m256i b = two_rows(row_sums(codes[2] + offset, x), row_sums(codes[3] + offset, x));
-    const __m256i four = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+inline __m256 add_quad(const uint8_t* codes, __m128i scales, const Quad& x, __m256 sums) {
+    const __m256i a = two_pairs(pair_sums(codes, x.pair[0]), pair_sums(codes + 32, x.pair[1]));
+    const __m256i b = two_pairs(pair_sums(codes + 64, x.pair[2]), pair_sums(codes + 96, x.pair[3]));
+    const __m256i exact = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
     const __m256i correction = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.correction));
-    return add_exact(_mm256_add_epi32(four, correction), scale, _mm256_loadu_ps(x.scale), sum);
+    const __m128i by_parts = _mm_shuffle_epi8(scales, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 0, 0, 0, 0, 0, 0, 0, 0));
+    return add_exact(_mm256_add_epi32(exact, correction), powers_of(by_parts), _mm256_loadu_ps(x.scale), sums);
 }
 
-// The last pair where a row has an odd number of blocks: the activations of the missing one are zero.
-inline __m256 add_half_pair(const uint8_t* const* codes, int64_t offset, __m256 scale, const Pair& x, __m256 sum) {
-    uint8_t rest[4][32] = {};
-    const uint8_t* rows[4];
-    for (int r = 0; r < 4; ++r) rows[r] = static_cast<uint8_t*>(std::memcpy(rest[r], codes[r] + offset, 16));
-    return add_pair(rows, 0, scale, x, sum);
+// The blocks behind the last whole quad; what is missing counts as zero.
+TENFOLD_APART __m256 add_last_quad(const uint8_t* codes, const uint8_t* scale, int64_t blocks, const Quad* x,
+                                   __m256 sums) {
+    uint8_t rest[4 * 32] = {};
+    Quad own{};
+    std::memcpy(rest, codes, static_cast<size_t>(16 * blocks));
+    std::memcpy(&own, x, static_cast<size_t>(panel_bytes((blocks + 1) / 2)));
+    return add_quad(rest, eight_of(scale, 0, blocks), own, sums);
 }
 
-TENFOLD_APART void multiply_one(const Product& p, const Group& rows, int64_t pair, int64_t row, int64_t last) {
-    const int64_t in = p.weight.in, width = panel_width(in, pair), whole = smaller(width, in / 64 - pair);
-    Scales first, second;
-    first.set_four(rows.scale, pair, blocks_of(in, pair));
-    second.set_four(rows.scale + 4, pair, blocks_of(in, pair));
-    const Pair* x = pair_row(p, pair, 0);
-    __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t at = 0; at < whole; ++at) {
-        const int64_t offset = 32 * (pair + at);
-        if (at % 2 == 0) prefetch_panel(rows, offset, in);
-        sums[0] = add_pair(rows.codes, offset, first.of(at), x[at], sums[0]);
-        sums[1] = add_pair(rows.codes + 4, offset, second.of(at), x[at], sums[1]);
+// One weight row and the panel that begins with `pair`.
+inline float dot_panel(const uint8_t* codes, const uint8_t* scale, const Quad* x, int64_t blocks) {
+    __m256 sums = _mm256_setzero_ps();
+    for (; blocks >= 8; blocks -= 8, codes += 128, scale += 8, ++x) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + kAheadBytes, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + kAheadBytes + 64, _MM_HINT_T0);
+        sums = add_quad(codes, load_eight(scale), *x, sums);
     }
-    if (whole < width) {
-        const int64_t offset = 32 * (pair + whole);
-        sums[0] = add_half_pair(rows.codes, offset, first.of(whole), x[whole], sums[0]);
-        sums[1] = add_half_pair(rows.codes + 4, offset, second.of(whole), x[whole], sums[1]);
-    }
-    for (int64_t quad = 0; quad < kEight && row + quad < last; quad += kQuad) {
-        const __m256 sum = sums[quad / kQuad];
-        put(y_row(p, 0, row + quad), _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)),
-            smaller(kQuad, last - row - quad), p.add || pair > 0);
+    if (blocks > 0) sums = add_last_quad(codes, scale, blocks, x, sums);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+TENFOLD_APART void multiply_one(const Product& p, int64_t first, int64_t last) {
+    const int64_t in = p.weight.in;
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + row * (in / 2);
+        const uint8_t* const scale = static_cast<const uint8_t*>(p.weight.scale) + row * (in / 32);
+        float* const y = y_row(p, 0, row);
+        for (int64_t pair = 0; pair < num_pairs(in); pair += kPairs) {
+            const float sum = dot_panel(codes + 32 * pair, scale + 2 * pair, quads_of(p, pair, 0), blocks_of(in, pair));
+            *y = p.add || pair > 0 ? *y + sum : sum;
+        }
     }
 }
 
 // ------------------------------------------------------------------------------- more activation rows
 
-// Four times four bytes of eight rows each: those of the first four columns' codes, and so on.
+constexpr int kEight = 8;  // weight rows side by side
+
+// Of eight weight rows from `row` on, the last one again where fewer are left.
+struct Group {
+    const uint8_t *codes[kEight], *scale[kEight];
+    Group(const Matrix& m, int64_t row, int64_t last) {
+        for (int64_t r = 0; r < kEight; ++r) {
+            const int64_t at = smaller(row + r, last - 1);
+            codes[r] = static_cast<const uint8_t*>(m.codes) + at * (m.in / 2);
+            scale[r] = static_cast<const uint8_t*>(m.scale) + at * (m.in / 32);
+        }
+    }
+};
+
+// The scales of a panel of a group: of a block all eight.
+class Scales {
+public:
+    void set(const Group& rows, int64_t pair, int64_t blocks) {
+        for (int64_t block = 0; block < blocks; block += 8) {
+            __m128i row[kEight];
+            for (int r = 0; r < kEight; ++r) row[r] = eight_of(rows.scale[r] + 2 * pair, block, blocks);
+            const __m128i a = _mm_unpacklo_epi8(row[0], row[1]), b = _mm_unpacklo_epi8(row[2], row[3]);
+            const __m128i c = _mm_unpacklo_epi8(row[4], row[5]), d = _mm_unpacklo_epi8(row[6], row[7]);
+            const __m128i first = _mm_unpacklo_epi16(a, b), second = _mm_unpackhi_epi16(a, b);
+            const __m128i third = _mm_unpacklo_epi16(c, d), fourth = _mm_unpackhi_epi16(c, d);
+            __m128i* const to = reinterpret_cast<__m128i*>(bytes_[block]);
+            _mm_storeu_si128(to, _mm_unpacklo_epi32(first, third));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi32(first, third));
+            _mm_storeu_si128(to + 2, _mm_unpacklo_epi32(second, fourth));
+            _mm_storeu_si128(to + 3, _mm_unpackhi_epi32(second, fourth));
+        }
+    }
+
+    __m256 of(int64_t block) const { return powers_of(load_eight(bytes_[block])); }
+
+private:
+    uint8_t bytes_[2 * kPairs][kEight];
+};
+
+// Four times four bytes of eight rows each: those of the first eight columns, and so on.
 inline void turned(const uint8_t* const* rows, int64_t offset, __m256i (&out)[4]) {
     __m256i v[4];
     for (int r = 0; r < 4; ++r) {
@@ -164,38 +190,57 @@ inline void turned(const uint8_t* const* rows, int64_t offset, __m256i (&out)[4]
     out[3] = _mm256_unpackhi_epi64(b, d);
 }
 
-inline __m256i four_of(const int8_t* x, int at) {
-    int32_t bytes;
-    std::memcpy(&bytes, x + 4 * at, sizeof(bytes));
-    return _mm256_set1_epi32(bytes);
-}
+// Block after block of some activation rows.
+template <int Tokens>
+class Activations {
+public:
+    Activations(const Product& p, int64_t pair, int64_t i) {
+        for (int t = 0; t < Tokens; ++t) quad_[t] = quads_of(p, pair, i + t);
+    }
 
-inline __m256 add_block(__m256i exact, __m256 scale, const Pair& x, int half, __m256 sum) {
-    exact = _mm256_add_epi32(exact, _mm256_set1_epi32(x.correction[4 * half]));
-    return add_exact(exact, scale, _mm256_broadcast_ss(&x.scale[4 * half]), sum);
-}
+    void to(int64_t block) {
+        if (block % 8 == 0 && block > 0) {
+            for (auto& quad : quad_) ++quad;
+        }
+        pair_ = block % 8 / 2;
+        half_ = block % 2;
+        part_ = part_of(block);
+    }
 
-// y (+)= the sums of the even blocks and those of the odd ones.
-inline void put_eight(float* y, __m256 even, __m256 odd, int64_t rows, bool add) {
-    const __m256 sums = _mm256_add_ps(even, odd);
+    // Four bytes of even columns, and of odd ones, everywhere.
+    __m256i even(int t, int at) const { return four(quad_[t]->pair[pair_].even + 16 * half_ + 4 * at); }
+    __m256i odd(int t, int at) const { return four(quad_[t]->pair[pair_].odd + 16 * half_ + 4 * at); }
+
+    int64_t part() const { return part_; }
+
+    __m256 add_to(__m256 sum, int t, __m256i exact, __m256 scale) const {
+        exact = _mm256_add_epi32(exact, _mm256_set1_epi32(quad_[t]->correction[part_]));
+        return add_exact(exact, scale, _mm256_broadcast_ss(&quad_[t]->scale[part_]), sum);
+    }
+
+private:
+    static __m256i four(const int8_t* from) {
+        int32_t bytes;
+        std::memcpy(&bytes, from, sizeof(bytes));
+        return _mm256_set1_epi32(bytes);
+    }
+
+    const Quad* quad_[Tokens];
+    int64_t pair_ = 0, half_ = 0, part_ = 0;
+};
+
+// y (+)= the parts of eight rows, added as dot_panel adds them.
+inline void put_eight(float* y, const __m256* part, int64_t stride, int64_t rows, bool add) {
+    __m256 four[4];
+    for (int i = 0; i < 4; ++i) four[i] = _mm256_add_ps(part[i * stride], part[(i + 4) * stride]);
+    const __m256 sums = _mm256_add_ps(_mm256_add_ps(four[0], four[2]), _mm256_add_ps(four[1], four[3]));
     put(y, _mm256_castps256_ps128(sums), smaller(kQuad, rows), add);
     if (rows > kQuad) put(y + kQuad, _mm256_extractf128_ps(sums, 1), smaller(kQuad, rows - kQuad), add);
 }
 
-template <int Tokens>
-struct Activations {
-    const Pair* row[Tokens];
-    Activations(const Product& p, int64_t pair, int64_t i) {
-        for (int t = 0; t < Tokens; ++t) row[t] = pair_row(p, pair, i + t);
-    }
-    void next() {
-        for (auto& at : row) ++at;
-    }
-};
-
 // Few: weights go by once, decoded.
 
-template <int Half, int Tokens>
+template <int Tokens>
 inline void add_codes(const uint8_t* const* rows, int64_t offset, __m256 scale, const Activations<Tokens>& x,
                       __m256 (&sums)[Tokens]) {
     __m256i codes[4], exact[Tokens];
@@ -206,44 +251,46 @@ inline void add_codes(const uint8_t* const* rows, int64_t offset, __m256 scale, 
         const __m256i next_even = even_of(codes[at + 1]), next_odd = odd_of(codes[at + 1]);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
-            const int column = 4 * Half + at;
-            const Pair& pair = *x.row[t];
-            const __m256i first = _mm256_add_epi16(_mm256_maddubs_epi16(even, four_of(pair.even, column)),
-                                                   _mm256_maddubs_epi16(odd, four_of(pair.odd, column)));
-            const __m256i second = _mm256_add_epi16(_mm256_maddubs_epi16(next_even, four_of(pair.even, column + 1)),
-                                                    _mm256_maddubs_epi16(next_odd, four_of(pair.odd, column + 1)));
+            const __m256i first = _mm256_add_epi16(_mm256_maddubs_epi16(even, x.even(t, at)),
+                                                   _mm256_maddubs_epi16(odd, x.odd(t, at)));
+            const __m256i second = _mm256_add_epi16(_mm256_maddubs_epi16(next_even, x.even(t, at + 1)),
+                                                    _mm256_maddubs_epi16(next_odd, x.odd(t, at + 1)));
             const __m256i half_sum = in_32_bits(_mm256_add_epi16(first, second));
             exact[t] = at == 0 ? half_sum : _mm256_add_epi32(exact[t], half_sum);
         }
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) sums[t] = add_block(exact[t], scale, *x.row[t], Half, sums[t]);
+    for (int t = 0; t < Tokens; ++t) sums[t] = x.add_to(sums[t], t, exact[t], scale);
 }
 
 template <int Tokens>
 TENFOLD_APART void multiply_group(const Product& p, const Group& rows, int64_t pair, int64_t row, int64_t last) {
-    const int64_t in = p.weight.in, blocks = blocks_of(in, pair);
+    const int64_t in = p.weight.in, blocks = blocks_of(in, pair), next_bytes = kEight * in / 2;
     Scales scales;
-    scales.set_eight(rows, pair, blocks);
-    __m256 even[Tokens], odd[Tokens];
-    for (int t = 0; t < Tokens; ++t) even[t] = odd[t] = _mm256_setzero_ps();
-    Activations<Tokens> x(p, pair, 0);
-    int64_t offset = 32 * pair;
-    for (int64_t block = 0; block + 2 <= blocks; block += 2, offset += 32, x.next()) {
-        if (block % 4 == 0) prefetch_panel(rows, offset, in);
-        add_codes<0>(rows.codes, offset, scales.of(block), x, even);
-        add_codes<1>(rows.codes, offset + 16, scales.of(block + 1), x, odd);
+    scales.set(rows, pair, blocks);
+    __m256 sums[kParts][Tokens];
+    for (auto& of_part : sums) {
+        for (auto& sum : of_part) sum = _mm256_setzero_ps();
     }
-    if (blocks % 2 != 0) add_codes<0>(rows.codes, offset, scales.of(blocks - 1), x, even);
-    for (int t = 0; t < Tokens; ++t) put_eight(y_row(p, t, row), even[t], odd[t], last - row, p.add || pair > 0);
+    Activations<Tokens> x(p, pair, 0);
+    for (int64_t block = 0, offset = 32 * pair; block < blocks; ++block, offset += 16) {
+        if (block % 4 == 0) {  // a row is short: the hardware's own prefetch starts again with each
+            for (const uint8_t* codes : rows.codes) {
+                _mm_prefetch(reinterpret_cast<const char*>(codes) + offset + next_bytes, _MM_HINT_T0);
+            }
+        }
+        x.to(block);
+        add_codes(rows.codes, offset, scales.of(block), x, sums[x.part()]);
+    }
+    for (int t = 0; t < Tokens; ++t) put_eight(y_row(p, t, row), &sums[0][t], Tokens, last - row, p.add || pair > 0);
 }
 
 void multiply_few(const Product& p, int64_t first, int64_t last) {
+    if (p.count == 1) return multiply_one(p, first, last);
     for (int64_t row = first; row < last; row += kEight) {
         const Group rows(p.weight, row, last);
         for (int64_t pair = 0; pair < num_pairs(p.weight.in); pair += kPairs) {
             switch (p.count) {
-                case 1: multiply_one(p, rows, pair, row, last); break;
                 case 2: multiply_group<2>(p, rows, pair, row, last); break;
                 case 3: multiply_group<3>(p, rows, pair, row, last); break;
                 default: multiply_group<kFew>(p, rows, pair, row, last); break;
@@ -262,6 +309,7 @@ struct Block {
 constexpr int64_t kGroupBlocks = 2 * kPairs;  // of one group in a tile
 constexpr int kGroups = 2;                    // that are multiplied at a time, by kRegisterTokens activation rows
 constexpr int64_t kRegisterTokens = 3;
+constexpr int64_t kPanelTokens = 18;  // 23 KiB, at home in the first cache
 
 // `next`, as many bytes of each row, comes next.
 TENFOLD_APART void unpack(const Group& rows, int64_t in, int64_t pair, const Group& next, int64_t next_pair,
@@ -269,7 +317,7 @@ TENFOLD_APART void unpack(const Group& rows, int64_t in, int64_t pair, const Gro
     const int64_t blocks = blocks_of(in, pair);
     for (const uint8_t* codes : next.codes) prefetch_lines(codes + 32 * next_pair, 16 * blocks);
     Scales scales;
-    scales.set_eight(rows, pair, blocks);
+    scales.set(rows, pair, blocks);
     for (int64_t block = 0; block < blocks; ++block, ++to) {
         __m256i codes[4];
         turned(rows.codes, 32 * pair + 16 * block, codes);
@@ -281,7 +329,7 @@ TENFOLD_APART void unpack(const Group& rows, int64_t in, int64_t pair, const Gro
     }
 }
 
-template <int Half, int Groups, int Tokens>
+template <int Groups, int Tokens>
 inline void add_blocks(const Block* tile, const Activations<Tokens>& x, __m256 (&sums)[Groups][Tokens]) {
     __m256i exact[Groups][Tokens];
 #pragma GCC unroll 2
@@ -291,7 +339,7 @@ inline void add_blocks(const Block* tile, const Activations<Tokens>& x, __m256 (
         for (int i = first; i < first + 4; ++i) {
 #pragma GCC unroll 4
             for (int t = 0; t < Tokens; ++t) {
-                const __m256i four = four_of(i % 2 == 0 ? x.row[t]->even : x.row[t]->odd, 4 * Half + i / 2);
+                const __m256i four = i % 2 == 0 ? x.even(t, i / 2) : x.odd(t, i / 2);
 #pragma GCC unroll 4
                 for (int g = 0; g < Groups; ++g) {
                     const __m256i product = _mm256_maddubs_epi16(tile[g * kGroupBlocks].codes[i], four);
@@ -310,31 +358,30 @@ inline void add_blocks(const Block* tile, const Activations<Tokens>& x, __m256 (
     }
 #pragma GCC unroll 4
     for (int g = 0; g < Groups; ++g) {
+        const __m256 scale = tile[g * kGroupBlocks].scale;
 #pragma GCC unroll 4
-        for (int t = 0; t < Tokens; ++t) {
-            sums[g][t] = add_block(exact[g][t], tile[g * kGroupBlocks].scale, *x.row[t], Half, sums[g][t]);
-        }
+        for (int t = 0; t < Tokens; ++t) sums[g][t] = x.add_to(sums[g][t], t, exact[g][t], scale);
     }
 }
 
 template <int Groups, int Tokens>
 TENFOLD_APART void multiply_wide(const Product& p, const Block* tile, int64_t pair, int64_t i, int64_t row,
                                  int64_t last) {
-    const int64_t blocks = blocks_of(p.weight.in, pair);
-    __m256 even[Groups][Tokens], odd[Groups][Tokens];
-    for (int g = 0; g < Groups; ++g) {
-        for (int t = 0; t < Tokens; ++t) even[g][t] = odd[g][t] = _mm256_setzero_ps();
+    __m256 sums[kParts][Groups][Tokens];
+    for (auto& of_part : sums) {
+        for (auto& of_group : of_part) {
+            for (auto& sum : of_group) sum = _mm256_setzero_ps();
+        }
     }
     Activations<Tokens> x(p, pair, i);
-    for (int64_t block = 0; block + 2 <= blocks; block += 2, tile += 2, x.next()) {
-        add_blocks<0>(tile, x, even);
-        add_blocks<1>(tile + 1, x, odd);
+    for (int64_t block = 0; block < blocks_of(p.weight.in, pair); ++block) {
+        x.to(block);
+        add_blocks(tile + block, x, sums[x.part()]);
     }
-    if (blocks % 2 != 0) add_blocks<0>(tile, x, even);
     for (int g = 0; g < Groups && row + kEight * g < last; ++g) {
         for (int t = 0; t < Tokens; ++t) {
             float* const y = y_row(p, i + t, row + kEight * g);
-            put_eight(y, even[g][t], odd[g][t], last - row - kEight * g, p.add || pair > 0);
+            put_eight(y, &sums[0][g][t], Groups * Tokens, last - row - kEight * g, p.add || pair > 0);
         }
     }
 }
@@ -362,8 +409,8 @@ void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, i
         const Group after(p.weight, first + r + tile_rows, p.weight.out);
         unpack(rows, in, pair, more ? rows : after, more ? stop : 0, tile + r / kEight * kGroupBlocks);
     }
-    for (int64_t i = 0; i < p.count; i += kTokens) {
-        const int64_t tokens_stop = smaller(i + kTokens, p.count);
+    for (int64_t i = 0; i < p.count; i += kPanelTokens) {
+        const int64_t tokens_stop = smaller(i + kPanelTokens, p.count);
         for (int64_t r = 0; r < last - first; r += kGroups * kEight) {
             const Block* const at = tile + r / kEight * kGroupBlocks;
             if (last - first - r > kEight) {
@@ -378,7 +425,8 @@ void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, i
 void multiply_rows(const Product& p, int64_t first, int64_t last) {
     if (p.count <= kFew) return multiply_few(p, first, last);
     Block tile[kTileRows / kEight * kGroupBlocks];
-    const int64_t rows = p.count <= kTokens ? kGroups * kEight : kTileRows;
+    // Of few activation rows an unpacked weight has so few uses that its way to the second cache would cost more.
+    const int64_t rows = p.count <= kPanelTokens ? kGroups * kEight : kTileRows;
     for (int64_t row = first; row < last; row += rows) {
         for (int64_t pair = 0; pair < num_pairs(p.weight.in); pair += kPairs) {
             multiply_tile(p, tile, pair, row, smaller(row + rows, last), rows);

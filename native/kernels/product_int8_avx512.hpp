@@ -7,12 +7,35 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
+// 64 activations, two blocks side by side.
+struct Pair {
+    int8_t even[32], odd[32];
+    float scale[8];         // half the scale of either block, in four lanes each
+    int32_t correction[8];  // -12 times the sum of either block's bytes, in its first lane
+};
+
+inline void keep_block(const Rounded& block, int64_t in, void* panels, int64_t panel_rows, int64_t row, int64_t at) {
+    const int64_t pair = at / 2, panel = pair / kPairs * kPairs, half = at % 2;
+    Pair& to = static_cast<Pair*>(panels)[panel_rows * panel + row * panel_width(in, panel) + (pair - panel)];
+    if (half == 0) std::memset(&to, 0, sizeof(to));
+    std::memcpy(to.even + 16 * half, block.even, sizeof(block.even));
+    std::memcpy(to.odd + 16 * half, block.odd, sizeof(block.odd));
+    for (int64_t lane = 4 * half; lane < 4 * half + 4; ++lane) to.scale[lane] = block.half;
+    to.correction[4 * half] = -12 * block.sum;
+}
+
+inline const Pair* pair_row(const Product& p, int64_t pair, int64_t i) {
+    const Pair* panels = reinterpret_cast<const Pair*>(p.panels);
+    return panels + p.panel_rows * pair + (p.first_row + i) * panel_width(p.weight.in, pair);
+}
+
 // The scales of a panel of the rows that share a vector: of each row two, for the halves of its lanes.
 class Scales {
 public:
     void set(const uint8_t* const* rows, int64_t first, int64_t count) {
         for (int64_t block = 0; block < count; block += 8) {
-            const __m256d a = eight(rows[0] + first, block, count), b = eight(rows[1] + first, block, count);
+            const __m256d a = _mm256_castps_pd(powers_of(eight_of(rows[0] + first, block, count)));
+            const __m256d b = _mm256_castps_pd(powers_of(eight_of(rows[1] + first, block, count)));
             const __m256d low = _mm256_unpacklo_pd(a, b), high = _mm256_unpackhi_pd(a, b);
             double* to = reinterpret_cast<double*>(numbers_ + 2 * block);
             _mm256_storeu_pd(to, _mm256_permute2f128_pd(low, high, 0x20));
@@ -24,16 +47,8 @@ public:
         const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(numbers_ + 4 * pair)), which);
     }
-    Floats of_half(int64_t pair) const { return of(pair); }
 
 private:
-    static __m256d eight(const uint8_t* row, int64_t block, int64_t count) {
-        uint8_t rest[8] = {};
-        if (count - block >= 8) return _mm256_castps_pd(powers_of(row + block));
-        std::memcpy(rest, row + block, static_cast<size_t>(count - block));
-        return _mm256_castps_pd(powers_of(rest));
-    }
-
     float numbers_[4 * kPairs];  // two of the first row, two of the second, and so on
 };
 
@@ -103,7 +118,7 @@ inline void dot_rows(const uint8_t* const* codes, const Scales* scales, const Pa
     if (whole < width) {
 #pragma GCC unroll 4
         for (int v = 0; v < Rows / kSide; ++v) {
-            const Weights w = half_pair(codes + v * kSide, 32 * (pair + whole), scales[v].of_half(whole));
+            const Weights w = half_pair(codes + v * kSide, 32 * (pair + whole), scales[v].of(whole));
 #pragma GCC unroll 4
             for (int t = 0; t < Tokens; ++t) sums[v][t] = add_pair(w, x[t * width + whole], sums[v][t]);
         }
@@ -159,7 +174,7 @@ TENFOLD_APART void unpack(const Group<kSide>& rows, int64_t in, int64_t pair, co
     for (int64_t at = 0; at < whole; ++at) {
         *to++ = decoded(beside(rows.codes, 32 * (pair + at)), scales.of(at));
     }
-    if (whole < width) *to = half_pair(rows.codes, 32 * (pair + whole), scales.of_half(whole));
+    if (whole < width) *to = half_pair(rows.codes, 32 * (pair + whole), scales.of(whole));
 }
 
 template <int Tokens>
