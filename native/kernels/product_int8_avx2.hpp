@@ -1,6 +1,6 @@
 // AVX2: what product_int8.cpp leaves to this file.
 //
-// A row's sum within a panel has eight parts, each of every eighth block of 32. One activation row alone takes weights
+// A row's sum within a panel has eight parts, each of every eighth block of 32. For few activation rows weights go by
 // row after row, as they lie in memory, four pairs of blocks at a time: eight blocks become a vector of their sums.
 // More activation rows take eight weight rows side by side, four columns of each, and one block becomes a vector of
 // eight rows' sums. Byte products are summed in 16 bits, by halves of a block, and in 32 bits before they become
@@ -70,66 +70,107 @@ inline __m256 add_exact(__m256i exact, __m256 scale, __m256 x_scale, __m256 sum)
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), _mm256_mul_ps(scale, x_scale), sum);
 }
 
-// ------------------------------------------------------------------------------- one activation row
+// ------------------------------------------------------------------------------- few activation rows
 
 constexpr int64_t kAheadBytes = 2048;  // of memory's delay, at some 10 GB/s
 
-template <class Bytes>
-inline __m256i pair_sums(const uint8_t* codes, const Bytes& x) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.even));
-    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.odd));
-    return in_32_bits(_mm256_add_epi16(_mm256_maddubs_epi16(even_of(both), even),
-                                       _mm256_maddubs_epi16(odd_of(both), odd)));
+inline __m256i loaded(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
+
+inline __m256i pair_sums(__m256i even, __m256i odd, const int8_t* x_even, const int8_t* x_odd) {
+    return in_32_bits(_mm256_add_epi16(_mm256_maddubs_epi16(even, loaded(x_even)),
+                                       _mm256_maddubs_epi16(odd, loaded(x_odd))));
 }
 
 inline __m256i two_pairs(__m256i a, __m256i b) {
     return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
 }
 
-inline __m256 add_quad(const uint8_t* codes, __m128i scales, const Quad& x, __m256 sums) {
-    const __m256i a = two_pairs(pair_sums(codes, x.pair[0]), pair_sums(codes + 32, x.pair[1]));
-    const __m256i b = two_pairs(pair_sums(codes + 64, x.pair[2]), pair_sums(codes + 96, x.pair[3]));
-    const __m256i exact = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-    const __m256i correction = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.correction));
+template <int Tokens>
+inline void add_quad(const uint8_t* codes, __m128i scales, const Quad* const (&x)[Tokens], __m256 (&sums)[Tokens]) {
+    __m256i exact[Tokens];
+#pragma GCC unroll 2
+    for (int i = 0; i < kQuadPairs; i += 2) {
+        const __m256i first = loaded(codes + 32 * i), second = loaded(codes + 32 * i + 32);
+        const __m256i even = even_of(first), odd = odd_of(first), next_even = even_of(second), next_odd = odd_of(second);
+#pragma GCC unroll 4
+        for (int t = 0; t < Tokens; ++t) {
+            const auto &pair = x[t]->pair[i], &next = x[t]->pair[i + 1];
+            const __m256i two = two_pairs(pair_sums(even, odd, pair.even, pair.odd),
+                                          pair_sums(next_even, next_odd, next.even, next.odd));
+            if (i == 0) {
+                exact[t] = two;
+            } else {
+                exact[t] = _mm256_add_epi32(_mm256_unpacklo_epi64(exact[t], two), _mm256_unpackhi_epi64(exact[t], two));
+            }
+        }
+    }
     const __m128i by_parts = _mm_shuffle_epi8(scales, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 0, 0, 0, 0, 0, 0, 0, 0));
-    return add_exact(_mm256_add_epi32(exact, correction), powers_of(by_parts), _mm256_loadu_ps(x.scale), sums);
+    const __m256 scale = powers_of(by_parts);
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+        const __m256i corrected = _mm256_add_epi32(exact[t], loaded(x[t]->correction));
+        sums[t] = add_exact(corrected, scale, _mm256_loadu_ps(x[t]->scale), sums[t]);
+    }
 }
 
 // The blocks behind the last whole quad; what is missing counts as zero.
-TENFOLD_APART __m256 add_last_quad(const uint8_t* codes, const uint8_t* scale, int64_t blocks, const Quad* x,
-                                   __m256 sums) {
-    uint8_t rest[4 * 32] = {};
-    Quad own{};
+template <int Tokens>
+TENFOLD_APART void add_last_quad(const uint8_t* codes, const uint8_t* scale, int64_t blocks,
+                                 const Quad* const (&x)[Tokens], __m256 (&sums)[Tokens]) {
+    uint8_t rest[kQuadPairs * 32] = {};
+    Quad own[Tokens] = {};
+    const Quad* whole[Tokens];
     std::memcpy(rest, codes, static_cast<size_t>(16 * blocks));
-    std::memcpy(&own, x, static_cast<size_t>(panel_bytes((blocks + 1) / 2)));
-    return add_quad(rest, eight_of(scale, 0, blocks), own, sums);
+    for (int t = 0; t < Tokens; ++t) {
+        std::memcpy(&own[t], x[t], static_cast<size_t>(panel_bytes((blocks + 1) / 2)));
+        whole[t] = &own[t];
+    }
+    add_quad(rest, eight_of(scale, 0, blocks), whole, sums);
 }
 
-// One weight row and the panel that begins with `pair`.
-inline float dot_panel(const uint8_t* codes, const uint8_t* scale, const Quad* x, int64_t blocks) {
-    __m256 sums = _mm256_setzero_ps();
-    for (; blocks >= 8; blocks -= 8, codes += 128, scale += 8, ++x) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes) + kAheadBytes, _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(codes) + kAheadBytes + 64, _MM_HINT_T0);
-        sums = add_quad(codes, load_eight(scale), *x, sums);
-    }
-    if (blocks > 0) sums = add_last_quad(codes, scale, blocks, x, sums);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+inline float sum_of_parts(__m256 parts) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(parts), _mm256_extractf128_ps(parts, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-TENFOLD_APART void multiply_one(const Product& p, int64_t first, int64_t last) {
+template <int Tokens>
+TENFOLD_APART void multiply_in_order(const Product& p, int64_t first, int64_t last) {
     const int64_t in = p.weight.in;
+    const uint8_t* codes = static_cast<const uint8_t*>(p.weight.codes) + first * (in / 2);
+    const uint8_t* scale = static_cast<const uint8_t*>(p.weight.scale) + first * (in / 32);
     for (int64_t row = first; row < last; ++row) {
-        const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + row * (in / 2);
-        const uint8_t* const scale = static_cast<const uint8_t*>(p.weight.scale) + row * (in / 32);
-        float* const y = y_row(p, 0, row);
         for (int64_t pair = 0; pair < num_pairs(in); pair += kPairs) {
-            const float sum = dot_panel(codes + 32 * pair, scale + 2 * pair, quads_of(p, pair, 0), blocks_of(in, pair));
-            *y = p.add || pair > 0 ? *y + sum : sum;
+            const Quad* x[Tokens];
+            __m256 sums[Tokens];
+            for (int t = 0; t < Tokens; ++t) {
+                x[t] = quads_of(p, pair, t);
+                sums[t] = _mm256_setzero_ps();
+            }
+            int64_t blocks = blocks_of(in, pair);
+            for (; blocks >= 8; blocks -= 8, codes += 128, scale += 8) {
+                _mm_prefetch(reinterpret_cast<const char*>(codes) + kAheadBytes, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(codes) + kAheadBytes + 64, _MM_HINT_T0);
+                add_quad(codes, load_eight(scale), x, sums);
+                for (auto& quad : x) ++quad;
+            }
+            if (blocks > 0) add_last_quad(codes, scale, blocks, x, sums);
+            codes += 16 * blocks;
+            scale += blocks;
+            for (int t = 0; t < Tokens; ++t) {
+                float* const y = y_row(p, t, row);
+                *y = p.add || pair > 0 ? *y + sum_of_parts(sums[t]) : sum_of_parts(sums[t]);
+            }
         }
+    }
+}
+
+void multiply_few(const Product& p, int64_t first, int64_t last) {
+    switch (p.count) {
+        case 1: return multiply_in_order<1>(p, first, last);
+        case 2: return multiply_in_order<2>(p, first, last);
+        case 3: return multiply_in_order<3>(p, first, last);
+        default: return multiply_in_order<kFew>(p, first, last);
     }
 }
 
@@ -229,7 +270,7 @@ private:
     int64_t pair_ = 0, half_ = 0, part_ = 0;
 };
 
-// y (+)= the parts of eight rows, added as dot_panel adds them.
+// y (+)= the parts of eight rows, added as sum_of_parts adds them.
 inline void put_eight(float* y, const __m256* part, int64_t stride, int64_t rows, bool add) {
     __m256 four[4];
     for (int i = 0; i < 4; ++i) four[i] = _mm256_add_ps(part[i * stride], part[(i + 4) * stride]);
@@ -238,68 +279,7 @@ inline void put_eight(float* y, const __m256* part, int64_t stride, int64_t rows
     if (rows > kQuad) put(y + kQuad, _mm256_extractf128_ps(sums, 1), smaller(kQuad, rows - kQuad), add);
 }
 
-// Few: weights go by once, decoded.
-
-template <int Tokens>
-inline void add_codes(const uint8_t* const* rows, int64_t offset, __m256 scale, const Activations<Tokens>& x,
-                      __m256 (&sums)[Tokens]) {
-    __m256i codes[4], exact[Tokens];
-    turned(rows, offset, codes);
-#pragma GCC unroll 2
-    for (int at = 0; at < 4; at += 2) {
-        const __m256i even = even_of(codes[at]), odd = odd_of(codes[at]);
-        const __m256i next_even = even_of(codes[at + 1]), next_odd = odd_of(codes[at + 1]);
-#pragma GCC unroll 4
-        for (int t = 0; t < Tokens; ++t) {
-            const __m256i first = _mm256_add_epi16(_mm256_maddubs_epi16(even, x.even(t, at)),
-                                                   _mm256_maddubs_epi16(odd, x.odd(t, at)));
-            const __m256i second = _mm256_add_epi16(_mm256_maddubs_epi16(next_even, x.even(t, at + 1)),
-                                                    _mm256_maddubs_epi16(next_odd, x.odd(t, at + 1)));
-            const __m256i half_sum = in_32_bits(_mm256_add_epi16(first, second));
-            exact[t] = at == 0 ? half_sum : _mm256_add_epi32(exact[t], half_sum);
-        }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) sums[t] = x.add_to(sums[t], t, exact[t], scale);
-}
-
-template <int Tokens>
-TENFOLD_APART void multiply_group(const Product& p, const Group& rows, int64_t pair, int64_t row, int64_t last) {
-    const int64_t in = p.weight.in, blocks = blocks_of(in, pair), next_bytes = kEight * in / 2;
-    Scales scales;
-    scales.set(rows, pair, blocks);
-    __m256 sums[kParts][Tokens];
-    for (auto& of_part : sums) {
-        for (auto& sum : of_part) sum = _mm256_setzero_ps();
-    }
-    Activations<Tokens> x(p, pair, 0);
-    for (int64_t block = 0, offset = 32 * pair; block < blocks; ++block, offset += 16) {
-        if (block % 4 == 0) {  // a row is short: the hardware's own prefetch starts again with each
-            for (const uint8_t* codes : rows.codes) {
-                _mm_prefetch(reinterpret_cast<const char*>(codes) + offset + next_bytes, _MM_HINT_T0);
-            }
-        }
-        x.to(block);
-        add_codes(rows.codes, offset, scales.of(block), x, sums[x.part()]);
-    }
-    for (int t = 0; t < Tokens; ++t) put_eight(y_row(p, t, row), &sums[0][t], Tokens, last - row, p.add || pair > 0);
-}
-
-void multiply_few(const Product& p, int64_t first, int64_t last) {
-    if (p.count == 1) return multiply_one(p, first, last);
-    for (int64_t row = first; row < last; row += kEight) {
-        const Group rows(p.weight, row, last);
-        for (int64_t pair = 0; pair < num_pairs(p.weight.in); pair += kPairs) {
-            switch (p.count) {
-                case 2: multiply_group<2>(p, rows, pair, row, last); break;
-                case 3: multiply_group<3>(p, rows, pair, row, last); break;
-                default: multiply_group<kFew>(p, rows, pair, row, last); break;
-            }
-        }
-    }
-}
-
-// More: weights are decoded into a tile first.
+// Weights are decoded into a tile first.
 
 struct Block {
     __m256i codes[8];  // 2 w + 12: even columns, odd ones, even ones, ...
