@@ -153,10 +153,9 @@ TENFOLD_APART void decode_rest(const Row& row, int64_t k, int64_t count, __m256 
 
 // ---------------------------------------------------------------- few activation rows: weights go by once, decoded
 
-// A row is short, and the hardware's own prefetch would start again with every row.
 template <class Row>
-inline void prefetch(const typename Row::Code* codes, int64_t k, int64_t next_bytes) {
-    const char* next = reinterpret_cast<const char*>(codes) + next_bytes;
+inline void prefetch(const typename Row::Code* codes, int64_t k, int64_t ahead) {
+    const char* next = reinterpret_cast<const char*>(codes) + ahead;
     if (Row::kBlockBytes < 64 && k / 32 * Row::kBlockBytes % 64 != 0) return;  // one line holds several blocks
     for (int64_t line = 0; line < Row::kBlockBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
 }
@@ -184,7 +183,7 @@ inline void add_block(const __m256 (&w)[4], const float* x, int64_t width, __m25
 
 // The lanes' sums of `Rows` weight rows and `Tokens` activation rows, which lie `width` apart, over one panel.
 template <int Rows, int Tokens, class Row>
-inline void dot_rows(const Row* rows, const float* x, int64_t width, int64_t first, int64_t last, int64_t next_bytes,
+inline void dot_rows(const Row* rows, const float* x, int64_t width, int64_t first, int64_t last, int64_t ahead,
                      __m256 (*out)[Tokens]) {
     __m256 sums[Rows][Tokens], w[4];
     for (auto& of_row : sums) {
@@ -195,7 +194,7 @@ inline void dot_rows(const Row* rows, const float* x, int64_t width, int64_t fir
     for (; k + 32 <= last; k += 32, x += 32) {
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
-            prefetch<Row>(rows[r].at(k), k - first, next_bytes);
+            prefetch<Row>(rows[r].at(k), k - first, ahead);
             decode(rows[r], rows[r].at(k), k, w, worst);
             add_block(w, x, width, sums[r]);
         }
@@ -218,12 +217,11 @@ template <int Tokens, class Row>
 TENFOLD_APART void dot_quad(const Product& p, const Row (&rows)[kQuad], int64_t k, int64_t row, int64_t last) {
     constexpr int kRows = Tokens == 1 ? 4 : 2;
     const int64_t in = p.weight.in, width = smaller(kPanel, padded(in) - k), stop = smaller(k + kPanel, in);
-    const int64_t next_bytes = kQuad * (reinterpret_cast<const char*>(rows[0].at(in)) -
-                                        reinterpret_cast<const char*>(rows[0].at(0)));
+    const int64_t ahead = columns_ahead(in, k, kQuad) / 32 * Row::kBlockBytes;
     __m256 sums[kQuad][Tokens];
     const float* x = panel_row(p, k, width, 0);
     for (int r = 0; r < kQuad; r += kRows) {
-        dot_rows<kRows, Tokens>(rows + r, x, width, k, stop, next_bytes, sums + r);
+        dot_rows<kRows, Tokens>(rows + r, x, width, k, stop, ahead, sums + r);
     }
     for (int t = 0; t < Tokens; ++t) {
         const __m128 sum = lane_sums(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);

@@ -86,9 +86,9 @@ inline void add_codes(Ints codes, const float* x, int64_t width, Floats (&sums)[
 }
 
 // The sums of `Rows` weight rows and `Tokens` activation rows over one panel; whether no code is NaN. Each line of 64
-// codes asks for the one of the next rows: a row is short, and the hardware's own prefetch starts again with each.
+// codes asks for the one `ahead`.
 template <int Rows, int Tokens>
-inline bool dot_codes(const uint8_t* const* codes, const float* x, int64_t width, int64_t next_bytes,
+inline bool dot_codes(const uint8_t* const* codes, const float* x, int64_t width, int64_t ahead,
                       Floats (*out)[Tokens]) {
     Floats sums[Rows / kSide][Tokens];
     for (auto& of_rows : sums) {
@@ -99,7 +99,7 @@ inline bool dot_codes(const uint8_t* const* codes, const float* x, int64_t width
         if (k % 64 == 0) {
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
-                _mm_prefetch(reinterpret_cast<const char*>(codes[r]) + k + next_bytes, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(codes[r]) + k + ahead, _MM_HINT_T0);
             }
         }
 #pragma GCC unroll 8
@@ -133,7 +133,7 @@ TENFOLD_APART bool dot_group(const Product& p, const float* x, int64_t k, int64_
     }
     Floats sums[Rows / kSide][Tokens];
     for (int r = 0; r < Rows; r += kRows) {
-        if (!dot_codes<kRows, Tokens>(codes + r, x, width, Rows * in, sums + r / kSide)) return false;
+        if (!dot_codes<kRows, Tokens>(codes + r, x, width, columns_ahead(in, k, Rows), sums + r / kSide)) return false;
     }
     if (!all_finite<Rows / kSide * Tokens>(sums[0])) return false;
     for (int64_t quad = 0; quad < Rows && row + quad < last; quad += kQuad) {

@@ -102,6 +102,12 @@ inline __m128 quad_sums(const Floats* sums, int64_t stride, int64_t first) {
                      row_at(sums, stride, first + 3));
 }
 
+// How far ahead of column `k` of `rows` rows lies what is read two panels later, in the same rows or in the next ones:
+// the hardware's own prefetch starts again with every row.
+inline int64_t columns_ahead(int64_t in, int64_t k, int64_t rows) {
+    return k + 2 * kPanel < in ? 2 * kPanel : rows * in + 2 * kPanel - in;
+}
+
 // As many activation rows at a time as the registers hold sums of, of `left`; one alone is slow, so none is left over.
 constexpr int64_t kMostTokens = 2 + kSide;
 inline int64_t tokens_of(int64_t left) {
