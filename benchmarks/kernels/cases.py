@@ -280,6 +280,7 @@ def _hyper(config: DeepseekV4Config, n: int) -> Parts:
     outputs = (2 + m) * m
     weights = [Weight(name, (), F32, tensor) for name, tensor in (
         ("fn", torch.randn(outputs, m * d) * (m * d) ** -0.5), ("base", torch.randn(outputs)), ("scale", torch.ones(3)),
+        ("norm", torch.ones(d)),
     )]  # fmt: skip
     streams, y = torch.randn(n, m, d), torch.randn(n, d)
 

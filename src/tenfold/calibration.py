@@ -1,7 +1,8 @@
 """This machine's figures for `tenfold plan`, from a few seconds of measuring: peaks, disk, and what no peak tells.
 
 The fixed costs are fitted to the embedded model: what its steps take beyond the planner's roofline is a cost of each
-layer (calls, threads) and of each token (norms, packing, mixing). Knows nothing of how plans are made.
+layer (calls, threads) and of each token (norms, packing, mixing); its few index heads show the cost of a key.
+Knows nothing of how plans are made.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from tenfold.machine import anonymous_bytes, this_machine
 from tenfold.ops import Weight, cpu, cpu_linear
 from tenfold.planner import roofline_seconds, step_work
 from tenfold.planner.anatomy import dissect
-from tenfold.planner.clocks import residual_channels
+from tenfold.planner.clocks import index_tile, residual_channels
 from tenfold.planner.machines import Measured, measured_path
 
 __all__ = ["calibrate"]
 
 _MODEL = "tiny-v4-flash"
 _CONTEXT, _DECODES, _CHUNKS, _CHUNK_TOKENS = 1024, 40, 3, 2048
-_WIDTH, _ROWS, _QUERIES = 2048, 512, 8
-_KEYS, _KEY_TILE, _CALLS = 1 << 17, 1 << 12, 7
+_WIDTH, _ROWS = 2048, 512
+_KEYS, _QUERIES, _KEY_TILE, _CALLS = 1 << 17, 128, 1 << 12, 7
+_INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK = 64, 128, 512  # V4's own
 _DISK_BYTES, _DISK_BLOCK = 1 << 28, 1 << 22
 
 
@@ -45,22 +47,23 @@ def calibrate() -> Measured:
         int8_ops_per_s=found.int8_ops_per_s,
         float_product_flops_per_s=_float_product_flops_per_s(),
         int8_product_ops_per_s=_int8_product_ops_per_s(),
-        index_ops_per_s=_index_ops_per_s(),
+        index_ops_per_s=0.0,
         disk_bytes_per_s=_disk_bytes_per_s(measured_path().parent),
         layer_floor_s=0.0,
         token_floor_s=0.0,
         key_floor_s=0.0,
+        key_tile_s=0.0,
         base_bytes=0,
         cpu_model=this_machine().cpu_model,
         threads=_native.num_threads(),
         measured_on=datetime.date.today().isoformat(),
     )
-    return _with_floors(measured)
-
-
-def _with_floors(measured: Measured) -> Measured:
-    """Fits the two fixed costs: single steps give the layer's, long steps what is left for each token."""
     engine = Engine.load(_MODEL, backend="cpu")
+    return _with_floors(_with_index(measured, engine.config), engine)
+
+
+def _with_floors(measured: Measured, engine: Engine) -> Measured:
+    """Fits the two fixed costs: single steps give the layer's, long steps what is left for each token."""
     base_bytes = anonymous_bytes()
     anatomy, channels = dissect(engine.config), residual_channels(engine.config)
     session = engine.session()
@@ -75,14 +78,8 @@ def _with_floors(measured: Measured) -> Measured:
         took_s = _timed(session, _CHUNK_TOKENS)
         bound_s = roofline_seconds(step_work(engine.config, position, _CHUNK_TOKENS), measured.peaks)
         rests.append((took_s - bound_s - anatomy.layers * layer_s) / (_CHUNK_TOKENS * anatomy.layers * channels / 1000))
-    token_s, key_s = statistics.median(rests), _key_floor_s(engine.config, measured)
-    return replace(
-        measured,
-        layer_floor_s=max(0.0, layer_s),
-        token_floor_s=max(0.0, token_s),
-        key_floor_s=max(0.0, key_s),
-        base_bytes=base_bytes,
-    )
+    token_s = statistics.median(rests)
+    return replace(measured, layer_floor_s=max(0.0, layer_s), token_floor_s=max(0.0, token_s), base_bytes=base_bytes)
 
 
 def _float_product_flops_per_s() -> float:
@@ -104,27 +101,31 @@ def _int8_product_ops_per_s() -> float:
     return 6 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu_linear.feed_forward(x, w1, w2, w3, None, int8=True))
 
 
-def _index_ops_per_s() -> float:
-    """Several queries over keys of V4's own size: 64 heads of 128 channels."""
-    heads, dim = 64, 128
-    took_s = _select_s(_QUERIES, heads, dim, 512)
-    return 2 * _QUERIES * _KEYS * heads * dim / took_s
+def _with_index(measured: Measured, config: ModelConfig) -> Measured:
+    """Three unknowns from three times of a query and a key: with V4's many heads, with the embedded model's few, and
+    with one query alone, for which a key is unpacked every time."""
+    heads, dim, topk = config.index_n_heads, config.index_head_dim, config.index_topk
+    keys = _KEYS // 8
+    many_s = _select_s(_QUERIES, keys, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (_QUERIES * keys)
+    few_s = _select_s(_QUERIES, keys, heads, dim, topk) / (_QUERIES * keys)
+    alone_s = _select_s(1, _KEYS, heads, dim, topk) / _KEYS
+    shared = index_tile(_QUERIES, measured.threads)
+    tile_s = max(0.0, (alone_s - few_s) / (1 - 1 / shared)) if shared > 1 else 0.0
+    many, few = 2 * _INDEX_HEADS * _INDEX_DIM, 2 * heads * dim
+    ops_per_s = (many - few) / max(many_s - few_s, many_s / many)
+    floor_s = max(0.0, few_s - few / ops_per_s - tile_s / shared)
+    return replace(measured, index_ops_per_s=ops_per_s, key_floor_s=floor_s, key_tile_s=tile_s)
 
 
-def _key_floor_s(config: ModelConfig, measured: Measured) -> float:
-    """Seconds a key takes beyond its scores, from one query of the embedded model, which has few heads."""
-    heads, dim = config.index_n_heads, config.index_head_dim
-    took_s = _select_s(1, heads, dim, config.index_topk)
-    return (took_s - 2 * _KEYS * heads * dim / measured.index_ops_per_s) / _KEYS
-
-
-def _select_s(queries: int, heads: int, dim: int, topk: int) -> float:
+def _select_s(queries: int, num_keys: int, heads: int, dim: int, topk: int) -> float:
     """Seconds to choose the best of many random keys."""
     layout, generator = index_key_fp4(dim), torch.Generator().manual_seed(0)
-    keys = cpu.pack_rows(torch.randn(_KEY_TILE, dim, generator=generator), layout).repeat(_KEYS // _KEY_TILE, 1)
+    keys = cpu.pack_rows(torch.randn(_KEY_TILE, dim, generator=generator), layout).repeat(-(-num_keys // _KEY_TILE), 1)[
+        :num_keys
+    ]
     packed = cpu.pack_rows(torch.randn(queries, heads, dim, generator=generator), layout)
     q, weights = cpu.unpack_rows(packed, layout), torch.ones(queries, heads)
-    visible = torch.full((queries,), _KEYS)
+    visible = torch.full((queries,), num_keys)
     return _median_s(lambda: cpu.select_rows(q, weights, keys, layout, visible, topk))
 
 

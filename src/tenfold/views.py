@@ -152,7 +152,10 @@ def _show_measured(figures: Mapping[str, Any]) -> None:
         ("disk read", "n/a" if disk is None else f"{disk / 1e9:,.2f} GB/s"),
         ("a layer", f"{1e6 * figures['layer_floor_s']:,.0f} µs beyond these in each step"),
         ("a token", f"{1e6 * figures['token_floor_s']:,.2f} µs a layer and 1,000 channels in long steps"),
-        ("an index key", f"{1e9 * figures['key_floor_s']:,.2f} ns a step"),
+        (
+            "an index key",
+            f"{1e9 * figures['key_floor_s']:,.2f} ns a query, {1e9 * figures['key_tile_s']:,.2f} ns a tile of queries",
+        ),
     )
     out.print(f"measured with {figures['threads']} threads, kept in {figures['kept_in']}", soft_wrap=True)
     for name, value in rows:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tenfold import calibration, peaks
+from tenfold import config as configuration
 from tenfold.cli import app
 from tenfold.peaks import MeasuredPeaks
 from tenfold.planner import machines
+from tenfold.planner.clocks import index_tile
 
 
 @pytest.fixture
@@ -25,14 +28,15 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "_DECODES": 3,
         "_CHUNKS": 1,
         "_CHUNK_TOKENS": 64,
-        "_KEYS": 1 << 12,
+        "_KEYS": 1 << 14,
+        "_QUERIES": 32,
         "_WIDTH": 128,
         "_ROWS": 4,
         "_CALLS": 1,
     }.items():
         monkeypatch.setattr(calibration, name, value)
     monkeypatch.setattr(calibration, "_DISK_BYTES", 1 << 22)
-    for name in ("_float_product_flops_per_s", "_int8_product_ops_per_s", "_index_ops_per_s"):
+    for name in ("_float_product_flops_per_s", "_int8_product_ops_per_s"):
         monkeypatch.setattr(calibration, name, lambda: 1e17)
 
 
@@ -47,7 +51,9 @@ def test_doctor_measures_and_keeps() -> None:
     assert kept.disk_bytes_per_s is None or kept.disk_bytes_per_s > 0
     # With such speeds all the time of a step is fixed cost.
     assert kept.layer_floor_s > 0
-    assert kept.key_floor_s > 0
+    assert kept.index_ops_per_s > 0
+    assert kept.key_floor_s >= 0
+    assert kept.key_tile_s >= 0
     assert kept.token_floor_s >= 0
     plan = CliRunner().invoke(app, ["plan", "tiny-v4-flash", "--context", "4K", "--json"])
     time = json.loads(plan.stdout)["time"]
@@ -69,7 +75,7 @@ def test_the_file_that_was_read_is_gone(tmp_path: Path) -> None:
 
 def test_kernel_rates_are_operations_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel runs on small operands and is said to take two seconds."""
-    for name, value in {"_WIDTH": 128, "_ROWS": 4, "_QUERIES": 3, "_KEYS": 1 << 12}.items():
+    for name, value in {"_WIDTH": 128, "_ROWS": 4}.items():
         monkeypatch.setattr(calibration, name, value)
 
     def two_seconds(run: Callable[[], object]) -> float:
@@ -79,4 +85,26 @@ def test_kernel_rates_are_operations_over_seconds(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(calibration, "_median_s", two_seconds)
     assert calibration._float_product_flops_per_s() == 2 * 4 * 128 * 128 / 2.0
     assert calibration._int8_product_ops_per_s() == 3 * 2 * 4 * 128 * 128 / 2.0
-    assert calibration._index_ops_per_s() == 2 * 3 * 4096 * 64 * 128 / 2.0
+
+
+def test_the_index_is_taken_apart_as_it_was_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times made from known costs give the costs back."""
+    ops_per_s, floor_s, tile_s, threads = 2e11, 3e-10, 5e-9, 2
+
+    def made_up(queries: int, num_keys: int, heads: int, dim: int, topk: int) -> float:
+        shared = index_tile(queries, threads)
+        return queries * num_keys * (2 * heads * dim / ops_per_s + floor_s + tile_s / shared)
+
+    monkeypatch.setattr(calibration, "_select_s", made_up)
+    figures = {field.name: 0 for field in fields(machines.Measured)} | {"threads": threads}
+    found = calibration._with_index(machines.Measured(**figures), configuration.load("tiny-v4-flash"))
+    assert found.index_ops_per_s == pytest.approx(ops_per_s)
+    assert found.key_floor_s == pytest.approx(floor_s)
+    assert found.key_tile_s == pytest.approx(tile_s)
+
+
+@pytest.mark.parametrize(
+    ("queries", "threads", "shared"), [(1, 2, 1), (8, 2, 1), (9, 2, 2), (128, 2, 16), (5000, 2, 16)]
+)
+def test_queries_that_share_an_unpacked_key(queries: int, threads: int, shared: int) -> None:
+    assert index_tile(queries, threads) == shared

@@ -144,7 +144,13 @@ def test_the_longest_context_fits_and_the_next_does_not() -> None:
 def measured(**other: Any) -> Measured:
     speeds = {"read_bytes_per_s": 30e9, "float32_flops_per_s": 200e9, "int8_ops_per_s": 500e9, "disk_bytes_per_s": 1e9}
     speeds |= {"float_product_flops_per_s": 200e9, "int8_product_ops_per_s": 400e9, "index_ops_per_s": 500e9}
-    floors = {"layer_floor_s": 1e-4, "token_floor_s": 1e-6, "key_floor_s": 1e-9, "base_bytes": 300_000_000}
+    floors = {
+        "layer_floor_s": 1e-4,
+        "token_floor_s": 1e-6,
+        "key_floor_s": 1e-9,
+        "key_tile_s": 1e-9,
+        "base_bytes": 300_000_000,
+    }
     figures: dict[str, Any] = {**speeds, **floors, "cpu_model": "test", "threads": 2, "measured_on": "2026-11-24"}
     return Measured(**figures | other)
 

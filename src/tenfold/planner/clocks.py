@@ -15,12 +15,17 @@ from tenfold.planner.machines import Measured
 from tenfold.planner.serving import Fleet
 from tenfold.planner.work import Work, roofline_seconds, step_work
 
-__all__ = ["CHUNK_TOKENS", "Clock", "FleetClock", "LocalClock", "residual_channels"]
+__all__ = ["CHUNK_TOKENS", "Clock", "FleetClock", "LocalClock", "index_tile", "residual_channels"]
 
 
 def residual_channels(config: ModelConfig) -> int:
     """Channels of all residual streams of a token."""
     return config.hidden_size * (config.hc_mult if isinstance(config, DeepseekV4Config) else 1)
+
+
+def index_tile(num_queries: int, threads: int) -> int:
+    """Queries for which the CPU's indexer unpacks a key once (native/kernels/index.cpp)."""
+    return min(16, -(-num_queries // (4 * threads)))
 
 
 CHUNK_TOKENS = 4096
@@ -75,10 +80,9 @@ class LocalClock:
         peaks = self.measured.peaks
         reading = sum(peaks.seconds(w) for w in work if _is_read_bound(w, self.measured))
         layers = self.anatomy.layers
-        keys = sum(k.layers * ((position + num_tokens) // k.ratio) for k in self.anatomy.attention if k.index_heads)
         found = {
             "memory bandwidth": reading,
-            "compute": roofline_seconds(work, peaks) - reading + keys * self.measured.key_floor_s,
+            "compute": roofline_seconds(work, peaks) - reading + self._keys_s(position, num_tokens),
             "fixed cost of layers": layers * self.measured.layer_floor_s
             + num_tokens * layers * self.channels / 1000 * self.measured.token_floor_s,
         }
@@ -87,6 +91,13 @@ class LocalClock:
             routed = sum(w.weight_bytes for w in work if w.component == "moe_routed")
             found["disk"] = self.streamed_share * routed / disk
         return found
+
+    def _keys_s(self, position: int, num_tokens: int) -> float:
+        """What index keys take beyond their scores."""
+        kinds = (kind for kind in self.anatomy.attention if kind.index_heads)
+        keys = sum(kind.layers * kind.keys_between(position, position + num_tokens) for kind in kinds)
+        shared = index_tile(num_tokens, self.measured.threads)
+        return keys * (self.measured.key_floor_s + self.measured.key_tile_s / shared)
 
     def decode_s(self, context: int) -> float:
         return sum(self._step_s(context - 1, 1).values())

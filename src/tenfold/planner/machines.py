@@ -64,8 +64,9 @@ class Measured:
 
     The kernels are FP8 weights with float32 activations, experts in MXFP4 with int8 activations, fp4 index scores.
     `layer_floor_s` is a layer's fixed cost in a step, `token_floor_s` what each token of a long step adds in a layer
-    for every 1,000 channels of its residual streams (norms, packing, mixing). `key_floor_s` is what an index key takes
-    once a step beyond its scores (unpacking, ranking). `base_bytes` is the process with an engine and no session.
+    for every 1,000 channels of its residual streams (norms, packing, mixing). Beyond its scores with all heads, an
+    index key takes `key_floor_s` of each query, and `key_tile_s` of each tile of queries that share it once unpacked.
+    `base_bytes` is the process with an engine and no session.
     """
 
     read_bytes_per_s: float
@@ -78,6 +79,7 @@ class Measured:
     layer_floor_s: float
     token_floor_s: float
     key_floor_s: float
+    key_tile_s: float
     base_bytes: int
     cpu_model: str
     threads: int
