@@ -105,9 +105,9 @@ def _with_index(measured: Measured, config: ModelConfig) -> Measured:
     """Three unknowns from three times of a query and a key: with V4's many heads, with the embedded model's few, and
     with one query alone, for which a key is unpacked every time."""
     heads, dim, topk = config.index_n_heads, config.index_head_dim, config.index_topk
-    keys = _KEYS // 8
-    many_s = _select_s(_QUERIES, keys, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (_QUERIES * keys)
-    few_s = _select_s(_QUERIES, keys, heads, dim, topk) / (_QUERIES * keys)
+    enough = _KEYS // 8  # of keys, where scores are nearly all the work
+    many_s = _select_s(_QUERIES, enough, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (_QUERIES * enough)
+    few_s = _select_s(_QUERIES, _KEYS, heads, dim, topk) / (_QUERIES * _KEYS)
     alone_s = _select_s(1, _KEYS, heads, dim, topk) / _KEYS
     shared = index_tile(_QUERIES, measured.threads)
     tile_s = max(0.0, (alone_s - few_s) / (1 - 1 / shared)) if shared > 1 else 0.0
