@@ -3,7 +3,8 @@
     python -m training.recall --model tiny-v4-flash --start src/tenfold/demo/tiny-v4-flash
 
 One process, one thread, float32; the schedule counts tokens, so that it may be paused. Started again it goes on from
-build/training/MODEL/last.pt. `--start` is a checkpoint of an earlier network, which is grown to the new shape.
+build/training/MODEL/last.pt. `--start` is a checkpoint of an earlier network, which is grown to the new shape; with
+`--tokens` it is one of this stage that had read so many.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ STAGES = (
     Stage(850_000, 512, 2, (7, 14), (0.7, 0.7)),
     Stage(1_000_000, 1024, 1, (10, 28), (0.7, 0.4), selects=True),
     Stage(1_150_000, 1024, 1, (10, 28), (0.4, 0.02), selects=True, quantised=True),
+    Stage(1_750_000, 1024, 1, (10, 28), (0.3, 0.01), selects=True, quantised=True),
 )
 
 
@@ -231,13 +233,14 @@ def _log(folder: Path, recent: list[dict[str, float]], at: Progress) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def run(name: str, start: Path, plan: Plan, work: Path) -> None:
-    """Trains model `name` from a checkpoint to the end of the plan."""
+def run(name: str, start: Path, plan: Plan, work: Path, tokens: int = 0) -> None:
+    """Trains model `name` from a checkpoint, at `tokens` of the plan, to the end of it."""
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64
     config, folder = CONFIGS[name], work / name
     folder.mkdir(parents=True, exist_ok=True)
     pupil = Pupil(config, grown(start, config, initial(config, plan.seed)), plan, Teacher(work, plan.seed))
+    pupil.progress = Progress(step=tokens // 1024, tokens=tokens)  # fresh lessons, not those of the first steps
     if (folder / "last.pt").is_file():
         pupil.restore(torch.load(folder / "last.pt", weights_only=True))
     recent: list[dict[str, float]] = []
@@ -258,9 +261,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="teach an embedded model to find facts")
     parser.add_argument("--model", choices=sorted(CONFIGS), default="tiny-v4-flash")
     parser.add_argument("--start", type=Path, required=True, help="checkpoint to begin with")
+    parser.add_argument("--tokens", type=int, default=0, help="that the checkpoint has read in this stage")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    run(arguments.model, arguments.start, Plan(seed=arguments.seed), WORK)
+    run(arguments.model, arguments.start, Plan(seed=arguments.seed), WORK, arguments.tokens)
 
 
 if __name__ == "__main__":
