@@ -60,6 +60,14 @@ STAGES = (
     Stage(1_750_000, 1024, 1, (10, 28), (0.3, 0.01), selects=True, quantised=True),
 )
 
+# A network that has only the embeddings of the first stage takes four times as long until it looks up.
+STAGES_FROM_NOTHING = (
+    Stage(1_700_000, 256, 4, (5, 7), (1.0, 0.5), looking_up=True),
+    Stage(1_850_000, 512, 2, (7, 14), (0.7, 0.7)),
+    Stage(2_050_000, 1024, 1, (10, 28), (0.7, 0.4), selects=True),
+    Stage(2_250_000, 1024, 1, (10, 28), (0.4, 0.02), selects=True, quantised=True),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -264,7 +272,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="that the checkpoint has read in this stage")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    run(arguments.model, arguments.start, Plan(seed=arguments.seed), WORK, arguments.tokens)
+    stages = STAGES if isinstance(CONFIGS[arguments.model], DeepseekV4Config) else STAGES_FROM_NOTHING
+    run(arguments.model, arguments.start, Plan(stages, arguments.seed), WORK, arguments.tokens)
 
 
 if __name__ == "__main__":
