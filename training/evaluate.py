@@ -99,9 +99,11 @@ def _measure(folder: Path, numerics: Numerics, work: Path) -> dict[str, object]:
     return found
 
 
-def needles_found(engine: Engine, tokenizer: Tokenizer, straw: Straw, length: int, count: int) -> dict[str, object]:
-    """Fresh facts found in contexts of `length` tokens, evenly deep; several in a context, each asked on its own."""
-    at_once = min(count, 20 if length < 1 << 17 else count)
+def needles_found(
+    engine: Engine, tokenizer: Tokenizer, straw: Straw, length: int, count: int, at_once: int
+) -> dict[str, object]:
+    """Fresh facts found in contexts of `length` tokens, evenly deep; `at_once` in a context, each asked on its own."""
+    at_once = min(count, at_once)
     start_s, answers = time.monotonic(), []
     for seed in range(-(-count // at_once)):
         facts = needle.facts(length + seed, at_once)
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-v4-flash")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--needles", type=int, default=NEEDLES)
+    parser.add_argument("--at-once", type=int, default=20, help="needles in a context: the others of it distract")
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -158,11 +161,11 @@ def main() -> None:
         engine, tokenizer = Engine.load(folder, numerics=numerics), Tokenizer.load(folder)
         straw = _straw(tokenizer, WORK)
         for length in arguments.lengths:
-            mine = report["needles"][numerics]
-            if str(length) in mine or (numerics == "exact" and length > LENGTHS[2]):
+            mine, key = report["needles"][numerics], f"{length}, {arguments.at_once} at once"
+            if key in mine or (numerics == "exact" and length > LENGTHS[2]):
                 continue
-            mine[str(length)] = needles_found(engine, tokenizer, straw, length, arguments.needles)
-            print(f"{numerics} {length}: {mine[str(length)]}", flush=True)
+            mine[key] = needles_found(engine, tokenizer, straw, length, arguments.needles, arguments.at_once)
+            print(f"{numerics} {key}: {mine[key]}", flush=True)
             write()
         if numerics not in report:
             report[numerics] = _measure(folder, numerics, WORK)
