@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-SERVER = Path(__file__).parent / "server"
+# Their tests start processes and watch the clock: with `--dist loadgroup` one after another.
+WITH_PROCESSES = tuple(Path(__file__).parent / name for name in ("server", "store"))
 
 # Triton reads it when it is imported, and torch or transformers may be the first to do that. `make test-gpu` sets 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,10 +26,9 @@ settings.load_profile("tenfold")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The server's tests start processes and watch the clock: with `--dist loadgroup` one after another."""
     for item in items:
-        if SERVER in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("server"))
+        if any(folder in item.path.parents for folder in WITH_PROCESSES):
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture
