@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -96,7 +97,7 @@ def test_the_index_is_taken_apart_as_it_was_put_together(monkeypatch: pytest.Mon
         return queries * num_keys * (2 * heads * dim / ops_per_s + floor_s + tile_s / shared)
 
     monkeypatch.setattr(calibration, "_select_s", made_up)
-    figures = {field.name: 0 for field in fields(machines.Measured)} | {"threads": threads}
+    figures: dict[str, Any] = {field.name: 0 for field in fields(machines.Measured)} | {"threads": threads}
     found = calibration._with_index(machines.Measured(**figures), configuration.load("tiny-v4-flash"))
     assert found.index_ops_per_s == pytest.approx(ops_per_s)
     assert found.key_floor_s == pytest.approx(floor_s)
