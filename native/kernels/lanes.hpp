@@ -15,14 +15,10 @@ namespace {
 // The same names for both widths.
 
 inline __m256 add_product(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_ps(a, b, sum); }
-inline __m256 times(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
 inline __m256 as_floats(__m256i v) { return _mm256_castsi256_ps(v); }
-inline __m256 to_floats(__m256i v) { return _mm256_cvtepi32_ps(v); }
 inline __m256i both(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
-inline __m256i look_up(__m256i table, __m256i at) { return _mm256_shuffle_epi8(table, at); }
 inline __m256i larger_bytes(__m256i a, __m256i b) { return _mm256_max_epu8(a, b); }
 inline __m256i twice_bytes(__m256i v) { return _mm256_add_epi8(v, v); }
-inline __m256i down16(__m256i v, int bits) { return _mm256_srli_epi16(v, bits); }
 inline __m256i down16_signed(__m256i v, int bits) { return _mm256_srai_epi16(v, bits); }
 inline __m256i up16(__m256i v, int bits) { return _mm256_slli_epi16(v, bits); }
 inline __m256i up32(__m256i v, int bits) { return _mm256_slli_epi32(v, bits); }
@@ -94,8 +90,6 @@ inline Floats no_floats() { return _mm256_setzero_ps(); }
 inline Ints no_ints() { return _mm256_setzero_si256(); }
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
-inline Ints spread(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-inline Ints spread(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
 
 // From memory: sixteen registers hold sums and weights, and loaded beforehand x would drive the sums out of them.
 inline Floats add_product_of(Floats a, const float* x, Floats sum) {
@@ -105,12 +99,6 @@ inline Floats add_product_of(Floats a, const float* x, Floats sum) {
 
 inline Ints beside(const uint8_t* const* rows, int64_t offset) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0] + offset));
-}
-
-// Pairs must stay within 16 bits: product_int8.cpp tells how large a and b are.
-inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
-    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(a, x), _mm256_maddubs_epi16(b, y));
-    return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 inline __m256 row_of(Floats v, int) { return v; }

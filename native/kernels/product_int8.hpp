@@ -24,6 +24,19 @@ struct Rounded {
     int32_t sum;  // of the bytes
 };
 
+// The codes and scales of `Rows` weight rows from `row` on, the last one again where fewer are left.
+template <int64_t Rows>
+struct Group {
+    const uint8_t *codes[Rows], *scale[Rows];
+    Group(const Matrix& m, int64_t row, int64_t last) {
+        for (int64_t r = 0; r < Rows; ++r) {
+            const int64_t at = smaller(row + r, last - 1);
+            codes[r] = static_cast<const uint8_t*>(m.codes) + at * (m.in / 2);
+            scale[r] = static_cast<const uint8_t*>(m.scale) + at * (m.in / 32);
+        }
+    }
+};
+
 #ifdef __AVX2__
 
 // Eight e8m0 bytes as numbers; 0 is subnormal and 255 is NaN, which shifting alone would both miss.

@@ -178,22 +178,12 @@ void multiply_few(const Product& p, int64_t first, int64_t last) {
 
 constexpr int kEight = 8;  // weight rows side by side
 
-// Of eight weight rows from `row` on, the last one again where fewer are left.
-struct Group {
-    const uint8_t *codes[kEight], *scale[kEight];
-    Group(const Matrix& m, int64_t row, int64_t last) {
-        for (int64_t r = 0; r < kEight; ++r) {
-            const int64_t at = smaller(row + r, last - 1);
-            codes[r] = static_cast<const uint8_t*>(m.codes) + at * (m.in / 2);
-            scale[r] = static_cast<const uint8_t*>(m.scale) + at * (m.in / 32);
-        }
-    }
-};
+using Eight = Group<kEight>;
 
 // The scales of a panel of a group: of a block all eight.
 class Scales {
 public:
-    void set(const Group& rows, int64_t pair, int64_t blocks) {
+    void set(const Eight& rows, int64_t pair, int64_t blocks) {
         for (int64_t block = 0; block < blocks; block += 8) {
             __m128i row[kEight];
             for (int r = 0; r < kEight; ++r) row[r] = eight_of(rows.scale[r] + 2 * pair, block, blocks);
@@ -292,7 +282,7 @@ constexpr int64_t kRegisterTokens = 3;
 constexpr int64_t kPanelTokens = 18;  // 23 KiB, at home in the first cache
 
 // `next`, as many bytes of each row, comes next.
-TENFOLD_APART void unpack(const Group& rows, int64_t in, int64_t pair, const Group& next, int64_t next_pair,
+TENFOLD_APART void unpack(const Eight& rows, int64_t in, int64_t pair, const Eight& next, int64_t next_pair,
                           Block* to) {
     const int64_t blocks = blocks_of(in, pair);
     for (const uint8_t* codes : next.codes) prefetch_lines(codes + 32 * next_pair, 16 * blocks);
@@ -385,8 +375,8 @@ void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, i
     const int64_t in = p.weight.in, stop = pair + panel_width(in, pair);
     const bool more = stop < num_pairs(in);
     for (int64_t r = 0; r < last - first; r += kEight) {
-        const Group rows(p.weight, first + r, last);
-        const Group after(p.weight, first + r + tile_rows, p.weight.out);
+        const Eight rows(p.weight, first + r, last);
+        const Eight after(p.weight, first + r + tile_rows, p.weight.out);
         unpack(rows, in, pair, more ? rows : after, more ? stop : 0, tile + r / kEight * kGroupBlocks);
     }
     for (int64_t i = 0; i < p.count; i += kPanelTokens) {

@@ -79,19 +79,6 @@ inline Floats add_pair(const Weights& w, const Pair& x, Floats sum) {
     return add_product(to_floats(exact), times(w.scale, spread(x.scale)), sum);
 }
 
-// The codes and scales of `Rows` weight rows from `row` on, the last one again where fewer are left.
-template <int64_t Rows>
-struct Group {
-    const uint8_t *codes[Rows], *scale[Rows];
-    Group(const Matrix& m, int64_t row, int64_t last) {
-        for (int64_t r = 0; r < Rows; ++r) {
-            const int64_t at = smaller(row + r, last - 1);
-            codes[r] = static_cast<const uint8_t*>(m.codes) + at * (m.in / 2);
-            scale[r] = static_cast<const uint8_t*>(m.scale) + at * (m.in / 32);
-        }
-    }
-};
-
 // Few activation rows: weights go by once, decoded. The sums of `Rows` weight rows and `Tokens` activation rows, which
 // lie `width` apart, over one panel of `whole` pairs, and one more if half a pair is left.
 template <int Rows, int Tokens>

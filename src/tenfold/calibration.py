@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from tenfold import _native, peaks
+from tenfold import config as configuration
 from tenfold.config import ModelConfig
 from tenfold.engine import Engine, Session
 from tenfold.formats import FP8_BLOCK, MXFP4, index_key_fp4
@@ -58,12 +59,12 @@ def calibrate() -> Measured:
         threads=_native.num_threads(),
         measured_on=datetime.date.today().isoformat(),
     )
-    engine = Engine.load(_MODEL, backend="cpu")
-    return _with_floors(_with_index(measured, engine.config), engine)
+    return _with_floors(_with_index(measured, configuration.load(_MODEL)))
 
 
-def _with_floors(measured: Measured, engine: Engine) -> Measured:
+def _with_floors(measured: Measured) -> Measured:
     """Fits the two fixed costs: single steps give the layer's, long steps what is left for each token."""
+    engine = Engine.load(_MODEL, backend="cpu")
     base_bytes = anonymous_bytes()
     anatomy, channels = dissect(engine.config), residual_channels(engine.config)
     session = engine.session()
@@ -120,9 +121,8 @@ def _with_index(measured: Measured, config: ModelConfig) -> Measured:
 def _select_s(queries: int, num_keys: int, heads: int, dim: int, topk: int) -> float:
     """Seconds to choose the best of many random keys."""
     layout, generator = index_key_fp4(dim), torch.Generator().manual_seed(0)
-    keys = cpu.pack_rows(torch.randn(_KEY_TILE, dim, generator=generator), layout).repeat(-(-num_keys // _KEY_TILE), 1)[
-        :num_keys
-    ]
+    tile = cpu.pack_rows(torch.randn(_KEY_TILE, dim, generator=generator), layout)
+    keys = tile.repeat(-(-num_keys // _KEY_TILE), 1)[:num_keys]
     packed = cpu.pack_rows(torch.randn(queries, heads, dim, generator=generator), layout)
     q, weights = cpu.unpack_rows(packed, layout), torch.ones(queries, heads)
     visible = torch.full((queries,), num_keys)
