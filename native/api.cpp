@@ -41,7 +41,7 @@ constexpr int32_t num_builds = sizeof(builds) / sizeof(builds[0]);
 #define TENFOLD_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a function below or the arguments of a kernel change.
-TENFOLD_EXPORT int32_t tenfold_abi_version() { return 5; }
+TENFOLD_EXPORT int32_t tenfold_abi_version() { return 6; }
 
 // "sse2 avx2 fma f16c": what this CPU and its operating system offer.
 TENFOLD_EXPORT const char* tenfold_cpu_features() { return tenfold::cpu_feature_names(); }
@@ -59,12 +59,25 @@ TENFOLD_EXPORT const tenfold::Kernel* tenfold_select(const char* isa) {
     return nullptr;
 }
 
-// Where a kernel of a selected build starts; null if there is none of that name.
-TENFOLD_EXPORT void* tenfold_kernel(const tenfold::Kernel* kernels, const char* name) {
+// The line of a selected build's table; null if there is none of that name.
+TENFOLD_EXPORT const tenfold::Kernel* tenfold_line(const tenfold::Kernel* kernels, const char* name) {
     for (; kernels->name != nullptr; ++kernels) {
-        if (std::strcmp(kernels->name, name) == 0) return reinterpret_cast<void*>(kernels->run);
+        if (std::strcmp(kernels->name, name) == 0) return kernels;
     }
     return nullptr;
+}
+
+// Where the kernel of a line starts.
+TENFOLD_EXPORT void* tenfold_kernel(const tenfold::Kernel* line) { return reinterpret_cast<void*>(line->run); }
+
+// Runs calls that were recorded: a line, the number of its arguments and these, a slot each, one after the other.
+TENFOLD_EXPORT void tenfold_replay(const uint64_t* program, int64_t calls) {
+    for (int64_t i = 0; i < calls; ++i) {
+        const tenfold::Kernel* line = nullptr;
+        std::memcpy(&line, program, sizeof(line));
+        line->replay(program + 2);
+        program += 2 + program[1];
+    }
 }
 
 // GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.

@@ -394,7 +394,7 @@ def test_a_pass_cut_short_leaves_no_trace(load: Load, monkeypatch: pytest.Monkey
     whole = in_one_pass(engine, ids)
     session = engine.session(60)
     wire = Tripwire(monkeypatch, engine.backend, site)
-    for length, count in ((0, 13), (27, 1), (31, 14), (3, 1)):
+    for length, count in ((0, 13), (27, 2), (31, 14), (3, 2)):
         session.rewind(0)
         if length:
             session.feed(ids[:length])
@@ -409,6 +409,45 @@ def test_a_pass_cut_short_leaves_no_trace(load: Load, monkeypatch: pytest.Monkey
                 session.feed(ids[length : length + count])
             assert session.tokens == tuple(ids[:length])
             assert torch.equal(session.feed(ids[length:], logits="all"), whole[length:])
+
+
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+def test_a_token_cut_short_leaves_no_trace(load: Load, name: str, numerics: str) -> None:
+    """Of one session and of two, the first pass of a size, which is recorded, and the replays alike."""
+    engine, ids = load(name, numerics), text(60)
+    whole = in_one_pass(engine, ids)
+    session, other = engine.session(60), engine.session(60)
+    for batch in ({session: ids[31:32]}, {session: ids[31:32], other: ids[15:16]}):
+        stopped = 0
+        for most in range(200):
+            session.rewind(0)
+            other.rewind(0)
+            session.feed(ids[:31])
+            other.feed(ids[:15])
+            ticks = iter(range(most))
+            with suppress(StopIteration):
+                engine.step(batch, tick=lambda share, ticks=ticks: next(ticks))  # type: ignore[misc]
+            if session.length == 32:
+                break
+            stopped += 1
+            assert (session.length, other.length) == (31, 15)
+            assert torch.equal(session.feed(ids[31:33], logits="all"), whole[31:33])
+            assert torch.equal(other.feed(ids[15:17]), whole[16])
+        assert stopped >= len(engine.config.layers)
+        assert torch.equal(session.last_logits, whole[31])
+
+
+def test_many_sessions_write_as_one_does(load: Load) -> None:
+    """More than are recorded at once, and other numbers of them from token to token."""
+    engine, ids = load("v4", "deployed"), text(60)
+    whole = in_one_pass(engine, ids)
+    sessions = [engine.session(60) for _ in range(7)]
+    for place, session in enumerate(sessions):
+        session.feed(ids[: 5 + 4 * place])
+    for count in (7, 1, 4, 2, 6, 3, 5, 7):
+        logits = engine.step({session: [ids[session.length]] for session in sessions[:count]})
+        for session in sessions[:count]:
+            assert torch.equal(logits[session], whole[session.length - 1])
 
 
 @pytest.mark.parametrize("way", ["snapshot", "rewind", "step", "restore", "kv_bytes"])

@@ -2,9 +2,11 @@
 
     python -m training.train --minutes 75
 
-Everything is set by the seed and the step but the length of the run: the learning rate follows the wall clock, so
-that it reaches zero when the minutes are over whatever the machine does. Started again it goes on from
-build/training/ckpt.
+Everything is set by the seed and the step but the length of the run: the learning rate follows the processor time of
+the first worker, so that it reaches zero when the minutes are over whatever the machine does, and the run may be
+paused. Started again it goes on from build/training/ckpt (of V3.2: build/training/ckpt-v3.2).
+
+bfloat16 where the processor multiplies it, else float32.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 import multiprocessing
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from threading import Barrier
@@ -26,12 +28,14 @@ import torch._dynamo
 from torch import Tensor
 
 from tenfold import checkpoint
-from tenfold.config import DeepseekV4Config
+from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
 from tenfold.errors import RunError
 from tenfold.formats import BF16, FP8_BLOCK, MXFP4, WeightFormat
 from training.bpe import END_ID
 from training.data import WORK
 from training.model import Batch, TrainingModel, initial, stack_name, tiny_config
+from training.model_v32 import TrainingModelV32
+from training.models import CONFIGS
 from training.ops import TrainingOps
 
 __all__ = ["Plan", "Weights", "Worker", "packed", "rounded", "run"]
@@ -42,6 +46,7 @@ VALID_EVERY_STEPS = 200
 BALANCE_RATE = 0.002
 MUON_MOMENTUM, MUON_DECAY = 0.95, 0.1
 ADAM_BETAS = (0.9, 0.95)
+HALF = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # of products
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +172,10 @@ def _rounded_mxfp4(master: Tensor) -> Tensor:
 
 @torch.no_grad()
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iteration in bfloat16 towards the nearest semi-orthogonal matrices of [n, out, in]."""
+    """Newton-Schulz iteration towards the nearest semi-orthogonal matrices of [n, out, in]."""
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).bfloat16()
-    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
+    x = (matrices if wide else matrices.mT).to(HALF)
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).to(HALF)
     for a, b, c in ((3.4445, -4.7750, 2.0315),) * 5:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -192,8 +197,8 @@ class MatrixGroup:
         self.shapes = [value.shape for value in values.values()]
         self.master = _shared(torch.cat([value.view(-1, *value.shape[-2:]) for value in values.values()]))
         self.momentum = _shared(torch.zeros_like(self.master))
-        self.leaf = _shared(self.master.bfloat16())
-        self.grads = _shared(torch.zeros(workers, *self.master.shape, dtype=torch.bfloat16))
+        self.leaf = _shared(self.master.to(HALF))
+        self.grads = _shared(torch.zeros(workers, *self.master.shape, dtype=HALF))
 
     def split(self, stacked: Tensor) -> dict[str, Tensor]:
         """Views of a tensor like `master`, by name."""
@@ -209,7 +214,7 @@ class MatrixGroup:
         rows, columns = update.shape[1:]
         master.mul_(1.0 - rate * MUON_DECAY)
         master.sub_(update, alpha=rate * max(1.0, rows / columns) ** 0.5)
-        self.leaf[mine] = (rounded(master, self.form) if quantised else master).bfloat16()
+        self.leaf[mine] = (rounded(master, self.form) if quantised else master).to(HALF)
 
 
 class Vector:
@@ -220,7 +225,7 @@ class Vector:
         self.master = _shared(value)
         self.mean, self.square = _shared(torch.zeros_like(value)), _shared(torch.zeros_like(value))
         half = form is BF16 and value.dim() > 1
-        self.leaf = _shared(value.bfloat16() if half else value)
+        self.leaf = _shared(value.to(HALF) if half else value)
         self.grads = _shared(torch.zeros(workers, *value.shape))
 
     @torch.no_grad()
@@ -236,7 +241,7 @@ class Vector:
 
 def _is_matrix(name: str) -> bool:
     """Whether Muon trains it: linear maps, but neither embeddings, routers nor hyper-connections."""
-    if not name.startswith("layers.") or "hc_" in name or not name.endswith(".weight"):
+    if not name.removeprefix("model.").startswith("layers.") or "hc_" in name or not name.endswith(".weight"):
         return False
     return not name.endswith(("norm.weight", "gate.weight", "weights_proj.weight"))
 
@@ -247,7 +252,7 @@ class Weights:
     Each worker adds its gradients, then trains its own part of the weights for all.
     """
 
-    def __init__(self, config: DeepseekV4Config, plan: Plan) -> None:
+    def __init__(self, config: ModelConfig, plan: Plan) -> None:
         self.plan = plan
         forms = {stack_name(s.name)[0]: s.formats[0] for s in checkpoint.tensors(config)}
         grouped: dict[tuple[int, int, str], dict[str, Tensor]] = {}
@@ -257,11 +262,11 @@ class Weights:
         for name, value in initial(config, plan.seed).items():
             if _is_matrix(name):
                 grouped.setdefault((*value.shape[-2:], forms[name].name), {})[name] = value
-            elif name.endswith(("gate.bias", "tid2eid")):
+            elif name.endswith(("gate.bias", "e_score_correction_bias", "tid2eid")):
                 self.fixed[name] = _shared(value)
             else:
                 self.vectors[name] = Vector(forms[name], value, plan.workers)
-            if name.endswith("gate.bias"):
+            if name.endswith(("gate.bias", "e_score_correction_bias")):
                 self.loads[name] = _shared(torch.zeros(plan.workers, *value.shape))
         self.groups = [MatrixGroup(forms[next(iter(g))], g, plan.workers) for g in grouped.values()]
 
@@ -292,7 +297,8 @@ class Weights:
             count = group.master.shape[0]
             mine = slice(count * worker // plan.workers, count * (worker + 1) // plan.workers)
             group.step(mine, plan.muon_rate * factor, quantised)
-        rates = {"embed.weight": plan.embed_rate, "head.weight": plan.head_rate}
+        rates = dict.fromkeys(("embed.weight", "model.embed_tokens.weight"), plan.embed_rate)
+        rates |= dict.fromkeys(("head.weight", "lm_head.weight"), plan.head_rate)
         for place, (name, vector) in enumerate(self.vectors.items()):
             if place % plan.workers == worker:
                 vector.step(number, factor * rates.get(name, plan.vector_rate), quantised)
@@ -333,15 +339,28 @@ class Progress:
     share: float = 0.0
 
 
+def _model(
+    config: ModelConfig, leaves: dict[str, Tensor], ops: TrainingOps, quantised: bool
+) -> TrainingModel | TrainingModelV32:
+    if isinstance(config, DeepseekV32Config):
+        return TrainingModelV32(config, leaves, ops, quantised)
+    assert isinstance(config, DeepseekV4Config)
+    return TrainingModel(config, leaves, ops, quantised)
+
+
+def _checkpoints(config: ModelConfig, work: Path) -> Path:
+    return work / ("ckpt-v3.2" if isinstance(config, DeepseekV32Config) else "ckpt")
+
+
 class Worker:
     """One process of a run: half of each batch, half of the weights' updates. Worker 0 keeps the log and the files."""
 
-    def __init__(self, number: int, config: DeepseekV4Config, weights: Weights, work: Path, compiled: bool) -> None:
+    def __init__(self, number: int, config: ModelConfig, weights: Weights, work: Path, compiled: bool) -> None:
         self.number, self.config, self.plan, self.work = number, config, weights.plan, work
         self.weights, self.leaves = weights, weights.leaves()
         self.feed = Feed(work, self.plan.seed)
-        ops = TrainingOps(torch.bfloat16, compiled)
-        self.models = [TrainingModel(config, self.leaves, ops, quantised) for quantised in (False, True)]
+        ops = TrainingOps(HALF, compiled)
+        self.models = [_model(config, self.leaves, ops, quantised) for quantised in (False, True)]
         self.progress = Progress()
 
     def gradients(self) -> dict[str, float]:
@@ -383,7 +402,7 @@ class Worker:
         return nats / math.log(2.0) / float(num_bytes[tokens[1:] != END_ID].sum())
 
     def save(self) -> None:
-        folder = self.work / "ckpt"
+        folder = _checkpoints(self.config, self.work)
         folder.mkdir(exist_ok=True)
         state = {"plan": asdict(self.plan), "config": json.dumps(dict(self.config.raw))}
         state |= {"progress": asdict(self.progress), "feed": self.feed.state(), "weights": self.weights.state()}
@@ -423,21 +442,22 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
-def _work(number: int, config: DeepseekV4Config, weights: Weights, work: Path, clock: Tensor, meet: Barrier) -> None:
+def _work(number: int, config: ModelConfig, weights: Weights, work: Path, clock: Tensor, meet: Barrier) -> None:
     """The life of one worker; worker 0 holds the clock."""
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # one for each shape; beyond it dynamo goes on uncompiled
     worker = Worker(number, config, weights, work, compiled=True)
-    if (work / "ckpt" / "last.pt").is_file():
-        worker.resume(torch.load(work / "ckpt" / "last.pt", weights_only=True, mmap=True))
+    last = _checkpoints(config, work) / "last.pt"
+    if last.is_file():
+        worker.resume(torch.load(last, weights_only=True, mmap=True))
     log, saved_s, at = Log(work / "train.jsonl"), time.monotonic(), worker.progress
     while at.share < 1.0:
-        start_s = time.monotonic()
+        start_s = time.process_time()
         log.recent.append(worker.gradients())
         meet.wait()
         worker.update()
         if number == 0:
-            at.trained_s += time.monotonic() - start_s if at.step > 3 else 0.0  # compiling is not training
+            at.trained_s += time.process_time() - start_s if at.step > 3 else 0.0  # compiling is not training
             clock[0] = at.trained_s / (60.0 * weights.plan.minutes)
         meet.wait()
         at.share = float(clock[0])
@@ -459,10 +479,10 @@ def _report(worker: Worker, log: Log) -> None:
     log.write(line)
 
 
-def run(config: DeepseekV4Config, plan: Plan, work: Path) -> None:
+def run(config: ModelConfig, plan: Plan, work: Path) -> None:
     """Trains until the time is over, on `plan.workers` processes of one thread each."""
     weights = Weights(config, plan)
-    last = work / "ckpt" / "last.pt"
+    last = _checkpoints(config, work) / "last.pt"
     clock = torch.zeros(1).share_memory_()
     if last.is_file():
         state = torch.load(last, weights_only=True)
@@ -487,12 +507,18 @@ def run(config: DeepseekV4Config, plan: Plan, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="train the embedded model")
+    parser = argparse.ArgumentParser(description="train the embedded models' first stage")
+    parser.add_argument("--model", choices=("text", "tiny-v3.2"), default="text", help="text: that of both V4 models")
     parser.add_argument("--minutes", type=float, default=75.0, help="training time; the schedule follows it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     arguments = parser.parse_args()
-    run(tiny_config(), Plan(arguments.minutes, arguments.seed, arguments.workers), WORK)
+    plan = Plan(arguments.minutes, arguments.seed, arguments.workers)
+    if arguments.model == "text":
+        run(tiny_config(), plan, WORK)
+    else:
+        # its attention is to all tokens: an eighth of the length, so that most of the work is the network's
+        run(CONFIGS[arguments.model], replace(plan, tokens_per_step=2048, length=256, long_length=1024), WORK)
 
 
 if __name__ == "__main__":

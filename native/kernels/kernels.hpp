@@ -11,10 +11,12 @@
 
 namespace tenfold {
 
-// One line of a table; the last line has no name. `run` is cast back to the kernel's own type by the caller.
+// One line of a table; the last line has no name. `run` is cast back to the kernel's own type by the caller; `replay`
+// calls it with arguments that lie in slots of eight bytes.
 struct Kernel {
     const char* name;
     void (*run)();
+    void (*replay)(const uint64_t* slots);
 };
 
 namespace scalar {
@@ -123,6 +125,24 @@ void compress(const float* values, const float* gates, float* out, int64_t group
 void route(const float* logits, const float* bias, int64_t* ids, float* weights, int64_t n, int64_t experts,
            int64_t topk, int64_t groups, int64_t topk_group, float scaling, int32_t softplus, int32_t chosen,
            int32_t threads);
+
+// One token each of n sessions, their memory given by addresses (tenfold.ops.BatchOps).
+//
+// Row i of rows to row places[i] at its address; with a ring > 0 modulo that, into either of its two copies.
+void store_rows(const uint8_t* rows, uint8_t* const* addresses, const int64_t* places, int64_t n, int64_t row_bytes,
+                int64_t ring);
+// Values and gates [n, width] to the compressor states; a group that is complete becomes a row, as by `compress` and
+// `turn_rows` with these steps.
+void compress_step(const float* values, const float* gates, float* const* states, uint8_t* const* rows,
+                   const int64_t* positions, const float* norm, const float* frequencies, const RowLayout* layout,
+                   int64_t n, int64_t ratio, int64_t width, int64_t pairs, float eps, int32_t overlap, int32_t steps);
+// `select_rows` and `sparse_attention` of one query each. What sources list is not checked: they come from here.
+void select_sessions(const float* q, const float* weights, const uint8_t* const* keys, const RowLayout* layout,
+                     const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
+                     int32_t threads);
+void attend_sessions(const float* q, const SessionRows* sources, int64_t num_sources, const float* sink,
+                     const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
+                     const int64_t* positions, int64_t pairs, float scale, int32_t threads);
 
 // Limits: reads `bytes` bytes once; runs `rounds` rounds of multiply-adds in registers on every thread and says how
 // many operations these were, a multiply-add being two. `seed` holds three numbers the compiler cannot know.

@@ -12,12 +12,15 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import struct
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tenfold.errors import BackendMissing, UsageError
 
@@ -28,6 +31,8 @@ __all__ = [
     "ISA_VARIABLE",
     "LIBRARY_VARIABLE",
     "Argument",
+    "Line",
+    "Recorder",
     "available_isas",
     "built_isas",
     "cpu_features",
@@ -35,12 +40,15 @@ __all__ = [
     "library_path",
     "match",
     "num_threads",
+    "recorded_by",
+    "recorder",
+    "replay",
     "rms_norm",
 ]
 
 ISA_VARIABLE = "TENFOLD_ISA"
 LIBRARY_VARIABLE = "TENFOLD_LIBRARY"
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _BUILD_HINT = "build it with `make env` in a clone, or `pip install -e .`"
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -61,6 +69,10 @@ _KERNELS = {
     "compress": (*[_POINTER] * 3, *[_INT64] * 5, *[_INT32] * 2),
     "route": (*[_POINTER] * 4, *[_INT64] * 5, _FLOAT, *[_INT32] * 3),
     "hc_merge": (*[_POINTER] * 5, *[_INT64] * 3, _INT32),
+    "store_rows": (*[_POINTER] * 3, *[_INT64] * 3),
+    "compress_step": (*[_POINTER] * 8, *[_INT64] * 4, _FLOAT, *[_INT32] * 2),
+    "select_sessions": (*[_POINTER] * 6, *[_INT64] * 4, _INT32),
+    "attend_sessions": (*[_POINTER] * 2, _INT64, *[_POINTER] * 3, *[_INT64] * 4, _POINTER, _INT64, _FLOAT, _INT32),
     "peak_read": (_POINTER, _INT64, _POINTER, _INT32),
     "peak_float32": (_INT64, _POINTER, _POINTER, _INT32),
     "peak_int8": (_INT64, _POINTER, _POINTER, _INT32),
@@ -203,6 +215,61 @@ def _usable_isa(name: str) -> str:
     raise UsageError(f"There are no {name!r} kernels in this build; {choice}.")
 
 
+class Recorder(Protocol):
+    """What `recorded_by` hands calls to."""
+
+    def call(self, line: Line, arguments: tuple[int | float | None, ...]) -> None:
+        """Runs a kernel and notes it."""
+
+    def hold(self, memory: object) -> None:
+        """Keeps memory whose address a call was given."""
+
+    def scratch(self, numbers: int) -> Tensor:
+        """float32 numbers that stay where they are; each call may overwrite the last one's."""
+
+
+class _Recording(threading.local):
+    recorder: Recorder | None = None
+
+
+_recording = _Recording()
+
+
+def recorder() -> Recorder | None:
+    """Who records this thread's calls."""
+    return _recording.recorder
+
+
+@contextmanager
+def recorded_by(one: Recorder) -> Iterator[None]:
+    """All kernel calls of this thread go through `one`."""
+    _recording.recorder = one
+    try:
+        yield
+    finally:
+        _recording.recorder = None
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A kernel of one instruction set: its line in the library's table, what it takes, and how it is called."""
+
+    address: int
+    types: tuple[Any, ...]
+    run: Callable[..., None]
+
+    def slots(self, arguments: tuple[int | float | None, ...]) -> bytes:
+        """The line, how many arguments there are, and these in eight bytes each, as `tenfold_replay` wants them."""
+        parts = [struct.pack("qq", self.address, len(arguments))]
+        parts += [bytes(kind(value)).ljust(8, b"\0") for kind, value in zip(self.types, arguments, strict=True)]
+        return b"".join(parts)
+
+
+def replay(program: int, calls: int) -> None:
+    """Runs `calls` calls that lie at an address, as `Line.slots` makes them."""
+    _library().tenfold_replay(program, calls)
+
+
 @cache
 def _library() -> ctypes.CDLL:
     path = library_path()
@@ -217,17 +284,28 @@ def _library() -> ctypes.CDLL:
     library.tenfold_cpu_features.restype = ctypes.c_char_p
     library.tenfold_isa.argtypes, library.tenfold_isa.restype = [_INT32], ctypes.c_char_p
     library.tenfold_select.argtypes, library.tenfold_select.restype = [ctypes.c_char_p], _POINTER
-    library.tenfold_kernel.argtypes, library.tenfold_kernel.restype = [_POINTER, ctypes.c_char_p], _POINTER
+    library.tenfold_line.argtypes, library.tenfold_line.restype = [_POINTER, ctypes.c_char_p], _POINTER
+    library.tenfold_kernel.argtypes, library.tenfold_kernel.restype = [_POINTER], _POINTER
+    library.tenfold_replay.argtypes, library.tenfold_replay.restype = [_POINTER, _INT64], None
     library.tenfold_use_openmp.argtypes, library.tenfold_use_openmp.restype = [_POINTER] * 3, None
     return library
 
 
-@cache
 def _kernel(name: str, isa_name: str | None) -> Callable[..., None]:
     """The callable of one kernel, of the chosen instruction set unless another is named."""
+    line = _line(name, isa_name)
+    recorder = _recording.recorder
+    if recorder is None:
+        return line.run
+    return lambda *arguments: recorder.call(line, arguments)
+
+
+@cache
+def _line(name: str, isa_name: str | None) -> Line:
     chosen = isa() if isa_name is None else _usable_isa(isa_name)
-    address = _library().tenfold_kernel(_library().tenfold_select(chosen.encode()), name.encode())
-    return ctypes.CFUNCTYPE(None, *_KERNELS[name])(address)
+    address = _library().tenfold_line(_library().tenfold_select(chosen.encode()), name.encode())
+    types = _KERNELS[name]
+    return Line(address, types, ctypes.CFUNCTYPE(None, *types)(_library().tenfold_kernel(address)))
 
 
 @cache

@@ -1,13 +1,15 @@
-"""Writing on a GPU: one token each of several sessions, the whole pass captured once as a graph and then replayed.
+"""Writing: one token each of several sessions, the whole pass captured once as a graph and then replayed.
 
-Sizes are those of a few buckets, so a pass may hold places where nobody stands: these write into the memory of a
-session that nobody reads. Where there is no GPU the same pass runs uncaptured. Knows models and tables, no sessions.
+On a GPU sizes are those of a few buckets, so a pass may hold places where nobody stands: these write into the memory
+of a session that nobody reads. On the CPU the backend records passes of a few sessions; of more there is enough to do.
+Knows models and tables, no sessions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,14 +17,17 @@ from torch import Tensor
 
 from tenfold.config import ModelConfig
 from tenfold.models import Model
-from tenfold.ops import BatchOps, Ops
-from tenfold.step import BatchSpan, Step
+from tenfold.ops import BatchOps, Ops, Recording, RecordingOps
+from tenfold.step import BatchSpan, Pace, Step
 from tenfold.streams import Streams
 from tenfold.tables import Tables
 
 __all__ = ["Decoder", "Place", "can_decode"]
 
+Tick = Callable[[float], None]
+
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
+_RECORDED_SIZES = (1, 2, 3, 4)
 _CONTEXTS = (1 << 15, 1 << 18, 1 << 20)
 _NOBODYS_TOKENS = 128
 _WARM_UP_PASSES = 2  # the first compiles kernels and fills tables, which a capture must not
@@ -42,7 +47,7 @@ class _Pass:
     """A pass of fixed size: its tables, and where the logits are after a replay."""
 
     tables: Tables
-    graph: torch.cuda.CUDAGraph | None = None
+    graph: torch.cuda.CUDAGraph | Recording | None = None
     logits: Tensor | None = None
 
 
@@ -57,33 +62,50 @@ class Decoder:
     def __init__(self, config: ModelConfig, model: Model, ops: Ops, exact: bool, device: torch.device) -> None:
         self.config, self.model, self.exact, self.device = config, model, exact, device
         self.ops = cast(BatchOps, ops)
+        self._record = cast(RecordingOps, ops).record if hasattr(ops, "record") else None
+        self._sizes = _SIZES if self._record is None else _RECORDED_SIZES
         self._nobody = Streams(config, _NOBODYS_TOKENS, exact, device)
-        self._passes: dict[tuple[int, int], _Pass] = {}
+        self._passes: dict[tuple[int, int, int], _Pass] = {}
         self._pool: Any = None
 
-    def run(self, places: Sequence[Place]) -> Tensor:
-        """Logits, float32 [len(places), vocab], in host memory; the rows of each token have entered its streams."""
-        parts = [self._run(places[i : i + _SIZES[-1]]) for i in range(0, len(places), _SIZES[-1])]
+    def takes(self, num_places: int) -> bool:
+        """Whether a pass of so many is better done here."""
+        return self._record is None or num_places <= self._sizes[-1]
+
+    def run(self, places: Sequence[Place], tick: Tick | None = None) -> Tensor:
+        """Logits, float32 [len(places), vocab], in host memory; the rows of each token have entered its streams.
+
+        On the CPU `tick` is told the share that is done, as by `Engine.step`; on a GPU a pass takes no time.
+        """
+        most = self._sizes[-1]
+        parts = [self._run(places[i : i + most], tick) for i in range(0, len(places), most)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _run(self, places: Sequence[Place]) -> Tensor:
+    def _run(self, places: Sequence[Place], tick: Tick | None) -> Tensor:
         for place in places:
             place.streams.make_room(place.position + 1)
-        logits = self._logits(places)[: len(places)].cpu()
+        logits = self._logits(places, tick)[: len(places)]
+        logits = logits.clone() if self.device.type == "cpu" else logits.cpu()
         for place in places:
             place.streams.advance(place.position + 1)
-        self.ops.rest()
+        if self._record is None:
+            self.ops.rest()
         return logits
 
-    def _logits(self, places: Sequence[Place]) -> Tensor:
-        size = next(size for size in _SIZES if size >= len(places))
-        context = _tier(max(place.position for place in places) + 1, self.config)
-        ready = self._passes.get((size, context))
+    def _logits(self, places: Sequence[Place], tick: Tick | None) -> Tensor:
+        size = next(size for size in self._sizes if size >= len(places))
+        context = self.config.max_position_embeddings
+        if self._record is None:
+            context = _tier(max(place.position for place in places) + 1, self.config)
+        key = size, context, torch.get_num_threads()
+        ready = self._passes.get(key)
         if ready is None:
-            ready = self._passes[size, context] = self._pass(size, context)
+            ready = self._passes[key] = self._pass(size, context)
         self._put(ready.tables, places)
         if ready.graph is None:
-            return self._forward(ready.tables)
+            return self._forward(ready.tables, tick)
+        if not isinstance(ready.graph, torch.cuda.CUDAGraph):
+            return ready.graph.replay(tick)
         ready.graph.replay()
         assert ready.logits is not None
         return ready.logits
@@ -97,15 +119,20 @@ class Decoder:
             [place.position for place in filled],
         )
 
-    def _forward(self, tables: Tables) -> Tensor:
+    def _forward(self, tables: Tables, tick: Tick | None = None) -> Tensor:
         wanted = torch.arange(tables.size, device=self.device)
-        step = Step(tables.ids, tables.positions, (BatchSpan(tables),), wanted, tile_tokens=tables.size)
+        pace = None if tick is None else Pace(tick)
+        step = Step(tables.ids, tables.positions, (BatchSpan(tables),), wanted, tile_tokens=tables.size, pace=pace)
         with torch.no_grad():
             return self.model.forward(step)
 
     def _pass(self, size: int, context: int) -> _Pass:
         """Captured while nobody stands in any place: what the passes write meanwhile is nobody's."""
         ready = _Pass(Tables(self.config, self.ops, size, context, self.exact, self.device))
+        if self._record is not None:
+            self._put(ready.tables, [])
+            self._forward(ready.tables)
+            ready.graph = self._record(partial(self._forward, ready.tables))
         if self.device.type != "cuda":
             return ready
         self._put(ready.tables, [])

@@ -210,8 +210,9 @@ class Engine:
         """One forward pass; a session whose pass is cut short is put right before its next use."""
         for session in batch:
             session.ready()
-        if self.decoder is not None and all(len(ids) == 1 for ids in batch.values()):
-            return self._write(batch, self.decoder)
+        of_one = all(len(ids) == 1 for ids in batch.values())
+        if self.decoder is not None and of_one and self.decoder.takes(len(batch)):
+            return self._write(batch, self.decoder, tick)
         spans, start = [], 0
         for session, ids in batch.items():
             spans.append(Span(session.streams, start, start + len(ids), session.length))
@@ -237,12 +238,14 @@ class Engine:
             session.advance(ids, logits[last[row] if every else row])
         return logits
 
-    def _write(self, batch: Mapping[Session, list[int]], decoder: Decoder) -> Tensor:
+    def _write(
+        self, batch: Mapping[Session, list[int]], decoder: Decoder, tick: Callable[[float], None] | None
+    ) -> Tensor:
         """A pass of one token each."""
         places = [Place(session.streams, ids[0], session.length) for session, ids in batch.items()]
         for session in batch:
             session.in_flight = True
-        logits = decoder.run(places)
+        logits = decoder.run(places, tick)
         for row, (session, ids) in enumerate(batch.items()):
             session.advance(ids, logits[row])
         return logits

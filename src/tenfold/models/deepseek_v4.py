@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
+from tenfold.errors import CheckpointError
 from tenfold.models.blocks import Binder, attend, select, through_layers
 from tenfold.ops import Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
@@ -239,6 +240,8 @@ class MoE:
         self.config, self.ops = config, bind.ops
         self.gate = bind(prefix + "gate.weight")
         self.tid2eid = bind(prefix + "gate.tid2eid") if layer.router == "hash" else None
+        if self.tid2eid is not None and self.tid2eid.data.numel():
+            _check_table(self.tid2eid, config.n_routed_experts)
         self.bias = None if layer.router == "hash" else bind(prefix + "gate.bias")
         self.experts = bind.experts(prefix + "experts.", config.n_routed_experts, ("w1", "w2", "w3"))
         self.shared_experts = bind.shared_expert(prefix + "shared_experts.", ("w1", "w2", "w3"))
@@ -256,4 +259,14 @@ class MoE:
         )
         return ops.experts(
             x, ids, weights, self.experts, limit=c.swiglu_limit, weigh_first=True, shared=self.shared_experts
+        )
+
+
+def _check_table(table: Weight, num_experts: int) -> None:
+    """An expert that is not there would be another tensor's memory; passes do not look again."""
+    low, high = (int(bound) for bound in table.data.aminmax())
+    if low < 0 or high >= num_experts:
+        raise CheckpointError(
+            f"{table.name} names expert {low if low < 0 else high}, expected 0 to {num_experts - 1}: the checkpoint is "
+            "damaged or of another model; download it again"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
@@ -19,7 +19,20 @@ from tenfold import _native
 from tenfold.errors import BackendMissing, UsageError
 from tenfold.formats import RowLayout, WeightFormat
 
-__all__ = ["BACKENDS", "BatchOps", "Experts", "FarMemory", "Ops", "Rows", "Stack", "Weight", "device_of", "select"]
+__all__ = [
+    "BACKENDS",
+    "BatchOps",
+    "Experts",
+    "FarMemory",
+    "Ops",
+    "Recording",
+    "RecordingOps",
+    "Rows",
+    "Stack",
+    "Weight",
+    "device_of",
+    "select",
+]
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -305,6 +318,20 @@ class BatchOps(Ops, Protocol):
 
     def rest(self) -> None:
         """Between two passes: what is better done when nothing runs."""
+
+
+class RecordingOps(BatchOps, Protocol):
+    """A backend whose passes are replayed without a device's graphs."""
+
+    def record(self, run: Callable[[Callable[[float], None]], Tensor]) -> Recording:
+        """A pass that ran once before, recorded; `run` is given what to tell its progress."""
+
+
+class Recording(Protocol):
+    """A pass to replay."""
+
+    def replay(self, tick: Callable[[float], None] | None) -> Tensor:
+        """What the pass returns, good until the next replay; `tick` hears of its progress, and may end it."""
 
 
 class FarMemory(Protocol):

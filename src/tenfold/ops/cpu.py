@@ -12,6 +12,7 @@ from torch import Tensor
 from tenfold.ops import Weight
 from tenfold.ops.cpu_attention import (
     compress,
+    compress_step,
     hadamard,
     hc_collapse,
     hc_merge,
@@ -25,13 +26,16 @@ from tenfold.ops.cpu_attention import (
     route_logits,
     select_rows,
     sparse_attention,
+    store_rows,
     unpack_rows,
 )
+from tenfold.ops.cpu_graph import record
 from tenfold.ops.cpu_linear import experts, feed_forward, grouped_linear, linear, linear_each, prepare
 from tenfold.ops.reference import dequantize, embed, layer_norm
 
 __all__ = [
     "compress",
+    "compress_step",
     "dequantize",
     "embed",
     "experts",
@@ -48,12 +52,14 @@ __all__ = [
     "norm_rope_pack",
     "pack_rows",
     "prepare",
+    "record",
     "rms_norm",
     "rope",
     "rope_round",
     "route",
     "select_rows",
     "sparse_attention",
+    "store_rows",
     "unpack_rows",
 ]
 

@@ -23,6 +23,7 @@ from tenfold.ops import Rows, Weight, reference
 
 __all__ = [
     "compress",
+    "compress_step",
     "hadamard",
     "hc_collapse",
     "hc_merge",
@@ -36,12 +37,14 @@ __all__ = [
     "route_logits",
     "select_rows",
     "sparse_attention",
+    "store_rows",
     "unpack_rows",
 ]
 
 _MOST_STREAMS = 8
 _MOST_PAIRS = 256
 _MOST_EXPERTS = 1024
+_MOST_SOURCES = 4
 _NORM, _SPREAD, _PACK, _ROUND = 1, 2, 4, 8
 """Steps of `turn_rows` in native/kernels/kernels.hpp; the rotation is always one."""
 
@@ -68,6 +71,20 @@ class _Rows(ctypes.Structure):
 
     _fields_ = [
         ("packed", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("start", ctypes.c_void_p),
+        ("stop", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("layout", _Layout),
+    ]
+
+
+class _SessionRows(ctypes.Structure):
+    """`SessionRows` of native/kernels/rows.hpp."""
+
+    _fields_ = [
+        ("addresses", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
         ("start", ctypes.c_void_p),
         ("stop", ctypes.c_void_p),
@@ -283,7 +300,8 @@ def route_logits(
     if groups > 1 and (experts < 2 * groups or topk_group > groups):
         raise ValueError(f"groups: cannot choose {topk_group} of {groups} groups of {experts // groups} experts")
     ids = torch.empty(n, topk, dtype=torch.int64) if chosen is None else chosen.contiguous()
-    if chosen is not None and n and not 0 <= int(ids.min()) <= int(ids.max()) < experts:
+    unchecked = chosen is None or not n or _native.recorder() is not None  # recorded: the model checked its table
+    if not unchecked and not 0 <= int(ids.min()) <= int(ids.max()) < experts:
         raise IndexError(f"chosen: there are {experts} experts, got {int(ids.min())} to {int(ids.max())}")
     given = (
         _checked("logits", logits, torch.float32, (n, experts)),
@@ -397,9 +415,19 @@ def _stream_shape(streams: Tensor) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------------------------------- index
 
 
-def select_rows(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, topk: int) -> Tensor:
+def select_rows(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    layout: RowLayout,
+    visible: Tensor,
+    topk: int,
+    most: int | None = None,
+) -> Tensor:
     n, heads, dim = q.shape
     q, weights, visible = q.contiguous(), weights.contiguous(), visible.contiguous()
+    if most is not None:
+        return _select_sessions(q, weights, keys, layout, visible, min(topk, most))
     addresses = (
         _checked("q", q, torch.float32, (n, heads, dim)),
         _checked("weights", weights, torch.float32, (n, heads)),
@@ -413,6 +441,71 @@ def select_rows(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, vis
     out = torch.empty(n, min(topk, most), dtype=torch.int32)
     _kernel("select_rows")(*addresses, out.data_ptr(), n, heads, dim, out.shape[1], _native.num_threads())
     return out
+
+
+def _select_sessions(
+    q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, count: int
+) -> Tensor:
+    """Keys int64 [n] are the addresses of each query's own."""
+    n, heads, dim = q.shape
+    if layout.width != dim:
+        raise ValueError(f"keys: rows of {layout.name} have {layout.width} channels, the query has {dim}")
+    out = torch.empty(n, count, dtype=torch.int32)
+    _kernel("select_sessions")(
+        _checked("q", q, torch.float32, (n, heads, dim)),
+        _checked("weights", weights, torch.float32, (n, heads)),
+        _checked("keys", keys, torch.int64, (n,)),
+        ctypes.addressof(_layout(layout)),
+        _checked("visible", visible, torch.int64, (n,)),
+        out.data_ptr(), n, heads, dim, count, _native.num_threads(),
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- sessions
+
+
+def store_rows(rows: Tensor, addresses: Tensor, places: Tensor, ring: int | None = None) -> None:
+    n, row_bytes = rows.shape
+    rows = rows.contiguous()
+    _kernel("store_rows")(
+        _checked("rows", rows, torch.uint8, (n, row_bytes)),
+        _checked("addresses", addresses, torch.int64, (n,)),
+        _checked("places", places, torch.int64, (n,)),
+        n, row_bytes, ring or 0,
+    )  # fmt: skip
+
+
+def compress_step(
+    values: Tensor,
+    gates: Tensor,
+    states: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    ratio: int,
+    overlap: bool,
+    norm: Weight,
+    eps: float,
+    frequencies: Tensor,
+    layout: RowLayout,
+    spread: bool,
+) -> None:
+    n, width = values.shape
+    values, gates, frequencies = values.contiguous(), gates.contiguous(), frequencies.contiguous()
+    dim, pairs = width // 2 if overlap else width, frequencies.shape[0]
+    steps = _NORM | _PACK | (_SPREAD if spread else 0)
+    _check_steps(dim, pairs, layout, steps)
+    _kernel("compress_step")(
+        _checked("values", values, torch.float32, (n, width)),
+        _checked("gates", gates, torch.float32, (n, width)),
+        _checked("states", states, torch.int64, (n,)),
+        _checked("rows", rows, torch.int64, (n,)),
+        _checked("positions", positions, torch.int64, (n,)),
+        _numbers("norm", norm, (dim,)),
+        _checked("frequencies", frequencies, torch.float32, (pairs,)),
+        ctypes.addressof(_layout(layout)),
+        n, ratio, width, pairs, eps, overlap, steps,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- attention
@@ -441,7 +534,7 @@ def sparse_attention(
     sink: Weight | None,
     scale: float,
     value_dim: int,
-    position: int,
+    position: int | Tensor,
     frequencies: Tensor | None = None,
 ) -> Tensor:
     n, heads, width = q.shape
@@ -449,6 +542,8 @@ def sparse_attention(
     if not 0 < value_dim <= width or 2 * pairs > value_dim or pairs > _MOST_PAIRS:
         raise ValueError(f"value_dim: expected {max(2 * pairs, 1)} to {width}, got {value_dim}")
     q = q.contiguous()
+    if isinstance(position, Tensor):
+        return _attend_sessions(q, sources, sink, scale, value_dim, position, frequencies)
     out = q.new_empty(n, heads, value_dim)
     given = (_Rows * len(sources))()
     kept = [_describe(source, f"source {i}", n, width, given[i]) for i, source in enumerate(sources)]
@@ -474,4 +569,48 @@ def sparse_attention(
     if refused.value >= 0:
         rows = sources[refused.value].packed.shape[0]
         raise IndexError(f"source {refused.value}: a query is to see rows that are not among the {rows} there are")
+    return out
+
+
+def _attend_sessions(
+    q: Tensor,
+    sources: Sequence[Rows],
+    sink: Weight | None,
+    scale: float,
+    value_dim: int,
+    positions: Tensor,
+    frequencies: Tensor | None,
+) -> Tensor:
+    """Each query over rows of its own session. `packed` of the sources are addresses."""
+    n, heads, width = q.shape
+    out = q.new_empty(n, heads, value_dim)
+    given = (_SessionRows * len(sources))()
+    for source, to in zip(sources, given, strict=True):
+        if source.layout.width != width:
+            raise ValueError(f"sources: rows of {source.layout.name} are not of the query's {width} channels")
+        to.addresses = _checked("packed", source.packed, torch.int64, (n,))
+        assert source.most is not None
+        to.num_rows, to.layout, to.columns = 2 * source.most, _layout(source.layout), -1  # a ring lies there twice
+        if source.index is None:
+            start, stop = source.bounds
+            to.start = _checked("start", start, torch.int64, (n,))
+            to.stop = _checked("stop", stop, torch.int64, (n,))
+        else:
+            to.columns = source.index.shape[1]
+            to.index = _checked("index", source.index, torch.int32, (n, to.columns))
+    if len(sources) > _MOST_SOURCES:
+        raise ValueError(f"sources: expected at most {_MOST_SOURCES}, got {len(sources)}")
+    if (recorder := _native.recorder()) is not None:
+        recorder.hold(given)
+    pairs = 0 if frequencies is None else frequencies.shape[0]
+    _kernel("attend_sessions")(
+        _checked("q", q, torch.float32, (n, heads, width)),
+        ctypes.addressof(given),
+        len(sources),
+        None if sink is None else _numbers("sink", sink, (heads,)),
+        None if frequencies is None else _checked("frequencies", frequencies, torch.float32, (pairs,)),
+        out.data_ptr(), n, heads, width, value_dim,
+        _checked("position", positions, torch.int64, (n,)),
+        pairs, scale, _native.num_threads(),
+    )  # fmt: skip
     return out

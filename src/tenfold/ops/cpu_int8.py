@@ -11,6 +11,7 @@ from functools import partial
 from tenfold.ops import cpu_linear
 from tenfold.ops.cpu import (
     compress,
+    compress_step,
     dequantize,
     embed,
     hadamard,
@@ -22,17 +23,20 @@ from tenfold.ops.cpu import (
     norm_rope_pack,
     pack_rows,
     prepare,
+    record,
     rms_norm,
     rope,
     rope_round,
     route,
     select_rows,
     sparse_attention,
+    store_rows,
     unpack_rows,
 )
 
 __all__ = [
     "compress",
+    "compress_step",
     "dequantize",
     "embed",
     "experts",
@@ -49,12 +53,14 @@ __all__ = [
     "norm_rope_pack",
     "pack_rows",
     "prepare",
+    "record",
     "rms_norm",
     "rope",
     "rope_round",
     "route",
     "select_rows",
     "sparse_attention",
+    "store_rows",
     "unpack_rows",
 ]
 

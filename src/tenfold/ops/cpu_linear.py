@@ -213,6 +213,8 @@ def _experts(
         each -= -more // topk  # rounded up
         formats = _kernel_format(shared.gate_format, int8), _kernel_format(shared.down_format, int8)
         beside = _SharedExpert(shared.addresses.data_ptr(), summand.data_ptr(), shared.inner, *formats)
+        if (recorder := _native.recorder()) is not None:
+            recorder.hold(beside)
     pairs = torch.empty(2 * n * topk + num_experts + n + 2, dtype=torch.int32)
     memory, slice_pairs = _scratch(n * topk, each, more)
     _native._kernel("experts", isa)(
@@ -226,8 +228,8 @@ def _experts(
 
 
 def _check_ids(ids: Tensor, num_experts: int) -> None:
-    """An id out of range would read another tensor's memory."""
-    if ids.numel() == 0:
+    """An id out of range would read another tensor's memory. A recorded call has none: its ids are the router's."""
+    if ids.numel() == 0 or _native.recorder() is not None:
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= num_experts:
@@ -248,6 +250,8 @@ def _scratch(rows: int, numbers_each: int, more: int = 0) -> tuple[Tensor, int]:
     """Memory for as many rows as a slice has, good until this thread's next call, and how many these are."""
     slice_rows = min(rows, max(1, _SLICE_NUMBERS // numbers_each))
     numbers = slice_rows * numbers_each + more
+    if (recorder := _native.recorder()) is not None:
+        return recorder.scratch(numbers), slice_rows
     if _memory.numbers.shape[0] < numbers:
         _memory.numbers = torch.empty(0)  # before the new one is there
         _memory.numbers = torch.empty(numbers)

@@ -1,0 +1,70 @@
+// One token each of several sessions, whose memory is given by addresses: by the kernels of one token each, so that what
+// a session gets is what it gets alone.
+#include "kernels.hpp"
+#include "scratch.hpp"
+
+namespace tenfold::TENFOLD_ISA {
+
+void store_rows(const uint8_t* rows, uint8_t* const* addresses, const int64_t* places, int64_t n, int64_t row_bytes,
+                int64_t ring) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint8_t* row = rows + i * row_bytes;
+        const int64_t place = ring > 0 ? places[i] % ring : places[i];
+        __builtin_memcpy(addresses[i] + place * row_bytes, row, static_cast<size_t>(row_bytes));
+        if (ring > 0) __builtin_memcpy(addresses[i] + (ring + place) * row_bytes, row, static_cast<size_t>(row_bytes));
+    }
+}
+
+void compress_step(const float* values, const float* gates, float* const* states, uint8_t* const* rows,
+                   const int64_t* positions, const float* norm, const float* frequencies, const RowLayout* layout,
+                   int64_t n, int64_t ratio, int64_t width, int64_t pairs, float eps, int32_t overlap, int32_t steps) {
+    const int64_t slot = 2 * width, current = overlap != 0 ? ratio : 0, dim = overlap != 0 ? width / 2 : width;
+    const size_t bytes = static_cast<size_t>(width) * sizeof(float);
+    Scratch scratch(Scratch::bytes_of<float>(dim));
+    float* entry = scratch.take<float>(dim);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t pending = positions[i] % ratio;
+        float* to = states[i] + (current + pending) * slot;
+        __builtin_memcpy(to, values + i * width, bytes);
+        __builtin_memcpy(to + width, gates + i * width, bytes);
+        if (pending + 1 < ratio) continue;
+        compress(states[i], states[i] + width, entry, overlap != 0 ? 2 : 1, ratio, dim, ratio * slot, slot, overlap, 1);
+        const int64_t first = positions[i] - pending;  // where the group's first token stands
+        turn_rows(entry, norm, &first, frequencies, layout, rows[i] + positions[i] / ratio * layout->row_bytes, 1, 1,
+                  dim, pairs, eps, steps, 1);
+        if (overlap == 0) continue;
+        __builtin_memcpy(states[i], states[i] + ratio * slot, static_cast<size_t>(ratio * slot) * sizeof(float));
+    }
+}
+
+void select_sessions(const float* q, const float* weights, const uint8_t* const* keys, const RowLayout* layout,
+                     const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
+                     int32_t threads) {
+    for (int64_t i = 0; i < n; ++i) {
+        select_rows(q + i * heads * dim, weights + i * heads, keys[i], layout, visible + i, out + i * k, 1, heads, dim,
+                    k, threads);
+    }
+}
+
+void attend_sessions(const float* q, const SessionRows* sources, int64_t num_sources, const float* sink,
+                     const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
+                     const int64_t* positions, int64_t pairs, float scale, int32_t threads) {
+    Rows mine[most_sources];
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t s = 0; s < num_sources; ++s) {
+            const SessionRows& from = sources[s];
+            mine[s] = {from.addresses[i], from.num_rows, nullptr, nullptr, nullptr, from.columns, from.layout};
+            if (from.columns < 0) {
+                mine[s].start = from.start + i;
+                mine[s].stop = from.stop + i;
+            } else {
+                mine[s].index = from.index + i * from.columns;
+            }
+        }
+        int32_t refused;
+        sparse_attention(q + i * heads * width, mine, num_sources, sink, frequencies, out + i * heads * value_dim, 1,
+                         heads, width, value_dim, positions[i], pairs, scale, &refused, threads);
+    }
+}
+
+}  // namespace tenfold::TENFOLD_ISA
