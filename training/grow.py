@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tenfold import config as configuration
 from tenfold.config import DeepseekV4Config, ModelConfig
+from tenfold.errors import UsageError
 from tenfold.ops import reference
 from tenfold.weights import open_weights
 from training.model import stack_name
@@ -23,10 +24,9 @@ __all__ = ["grown", "loaded"]
 QUIET = 0.1  # of its usual size: what a new layer writes, what new channels of keys hold
 
 
-def loaded(folder: Path) -> tuple[DeepseekV4Config, dict[str, Tensor]]:
+def loaded(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A checkpoint as training has it: dense float32, the experts of a layer stacked."""
     config = configuration.load(folder)
-    assert isinstance(config, DeepseekV4Config)
     opened = open_weights(folder, config)
     stacks: dict[str, list[Tensor]] = {}
     for name in [info.name for info in opened]:
@@ -40,12 +40,14 @@ def loaded(folder: Path) -> tuple[DeepseekV4Config, dict[str, Tensor]]:
 def grown(start: Path, config: ModelConfig, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
     """`fresh` first values of `config` with all of the checkpoint `start` in them that has its place there."""
     old_config, old = loaded(start)
-    if not isinstance(config, DeepseekV4Config):
-        return (
-            fresh
-            | {f"model.{name}.weight": old[f"{same}.weight"] for name, same in _V32_SAME}
-            | {"lm_head.weight": old["head.weight"]}
-        )
+    if not isinstance(config, DeepseekV4Config) or not isinstance(old_config, DeepseekV4Config):
+        shapes = {name: value.shape for name, value in old.items()}
+        if shapes != {name: value.shape for name, value in fresh.items()}:
+            raise UsageError(
+                f"--start is {start}, whose weights are not those of the model; only V4 networks grow, V3.2 needs a text "
+                "model of its own shape: python -m training.train --model tiny-v3.2"
+            )
+        return old
     new_layers = config.num_hidden_layers - old_config.num_hidden_layers
     found = {}
     for name, value in fresh.items():
@@ -53,9 +55,6 @@ def grown(start: Path, config: ModelConfig, fresh: dict[str, Tensor]) -> dict[st
         mine = old.get(source)
         found[name] = _quiet(name, value) if mine is None else _placed(name, value, mine, old_config, config)
     return found
-
-
-_V32_SAME = (("embed_tokens", "embed"), ("norm", "norm"))
 
 
 def _source(name: str, new_layers: int) -> str:

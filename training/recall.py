@@ -60,12 +60,13 @@ STAGES = (
     Stage(1_750_000, 1024, 1, (10, 28), (0.3, 0.01), selects=True, quantised=True),
 )
 
-# A network that has only the embeddings of the first stage takes four times as long until it looks up.
-STAGES_FROM_NOTHING = (
-    Stage(1_700_000, 256, 4, (5, 7), (1.0, 0.5), looking_up=True),
-    Stage(1_850_000, 512, 2, (7, 14), (0.7, 0.7)),
-    Stage(2_050_000, 1024, 1, (10, 28), (0.7, 0.4), selects=True),
-    Stage(2_250_000, 1024, 1, (10, 28), (0.4, 0.02), selects=True, quantised=True),
+# V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit, and what they need for
+# that is there after the first stage. So all layers learn from the beginning.
+STAGES_V32 = (
+    Stage(500_000, 256, 4, (5, 7), (1.0, 0.7)),
+    Stage(800_000, 512, 2, (7, 14), (0.7, 0.7)),
+    Stage(1_000_000, 1024, 1, (10, 28), (0.7, 0.4), selects=True),
+    Stage(1_250_000, 1024, 1, (10, 28), (0.4, 0.02), selects=True, quantised=True),
 )
 
 
@@ -272,7 +273,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="that the checkpoint has read in this stage")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    stages = STAGES if isinstance(CONFIGS[arguments.model], DeepseekV4Config) else STAGES_FROM_NOTHING
+    stages = STAGES if isinstance(CONFIGS[arguments.model], DeepseekV4Config) else STAGES_V32
     run(arguments.model, arguments.start, Plan(stages, arguments.seed), WORK, arguments.tokens)
 
 

@@ -131,11 +131,12 @@ void route(const float* logits, const float* bias, int64_t* ids, float* weights,
 // Row i of rows to row places[i] at its address; with a ring > 0 modulo that, into either of its two copies.
 void store_rows(const uint8_t* rows, uint8_t* const* addresses, const int64_t* places, int64_t n, int64_t row_bytes,
                 int64_t ring);
-// Values and gates [n, width] to the compressor states; a group that is complete becomes a row, as by `compress` and
-// `turn_rows` with these steps.
-void compress_step(const float* values, const float* gates, float* const* states, uint8_t* const* rows,
-                   const int64_t* positions, const float* norm, const float* frequencies, const RowLayout* layout,
-                   int64_t n, int64_t ratio, int64_t width, int64_t pairs, float eps, int32_t overlap, int32_t steps);
+// Values [n, width], and gates plus their place's row of ape [ratio, width], to the compressor states; a group that is
+// complete becomes a row, as by `compress` and `turn_rows` with these steps.
+void compress_step(const float* values, const float* gates, const float* ape, float* const* states,
+                   uint8_t* const* rows, const int64_t* positions, const float* norm, const float* frequencies,
+                   const RowLayout* layout, int64_t n, int64_t ratio, int64_t width, int64_t pairs, float eps,
+                   int32_t overlap, int32_t steps);
 // `select_rows` and `sparse_attention` of one query each. What sources list is not checked: they come from here.
 void select_sessions(const float* q, const float* weights, const uint8_t* const* keys, const RowLayout* layout,
                      const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,

@@ -15,9 +15,10 @@ void store_rows(const uint8_t* rows, uint8_t* const* addresses, const int64_t* p
     }
 }
 
-void compress_step(const float* values, const float* gates, float* const* states, uint8_t* const* rows,
-                   const int64_t* positions, const float* norm, const float* frequencies, const RowLayout* layout,
-                   int64_t n, int64_t ratio, int64_t width, int64_t pairs, float eps, int32_t overlap, int32_t steps) {
+void compress_step(const float* values, const float* gates, const float* ape, float* const* states,
+                   uint8_t* const* rows, const int64_t* positions, const float* norm, const float* frequencies,
+                   const RowLayout* layout, int64_t n, int64_t ratio, int64_t width, int64_t pairs, float eps,
+                   int32_t overlap, int32_t steps) {
     const int64_t slot = 2 * width, current = overlap != 0 ? ratio : 0, dim = overlap != 0 ? width / 2 : width;
     const size_t bytes = static_cast<size_t>(width) * sizeof(float);
     Scratch scratch(Scratch::bytes_of<float>(dim));
@@ -26,7 +27,7 @@ void compress_step(const float* values, const float* gates, float* const* states
         const int64_t pending = positions[i] % ratio;
         float* to = states[i] + (current + pending) * slot;
         __builtin_memcpy(to, values + i * width, bytes);
-        __builtin_memcpy(to + width, gates + i * width, bytes);
+        for (int64_t c = 0; c < width; ++c) to[width + c] = gates[i * width + c] + ape[pending * width + c];
         if (pending + 1 < ratio) continue;
         compress(states[i], states[i] + width, entry, overlap != 0 ? 2 : 1, ratio, dim, ratio * slot, slot, overlap, 1);
         const int64_t first = positions[i] - pending;  // where the group's first token stands

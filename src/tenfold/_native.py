@@ -70,7 +70,7 @@ _KERNELS = {
     "route": (*[_POINTER] * 4, *[_INT64] * 5, _FLOAT, *[_INT32] * 3),
     "hc_merge": (*[_POINTER] * 5, *[_INT64] * 3, _INT32),
     "store_rows": (*[_POINTER] * 3, *[_INT64] * 3),
-    "compress_step": (*[_POINTER] * 8, *[_INT64] * 4, _FLOAT, *[_INT32] * 2),
+    "compress_step": (*[_POINTER] * 9, *[_INT64] * 4, _FLOAT, *[_INT32] * 2),
     "select_sessions": (*[_POINTER] * 6, *[_INT64] * 4, _INT32),
     "attend_sessions": (*[_POINTER] * 2, _INT64, *[_POINTER] * 3, *[_INT64] * 4, _POINTER, _INT64, _FLOAT, _INT32),
     "peak_read": (_POINTER, _INT64, _POINTER, _INT32),

@@ -68,6 +68,7 @@ class TableState:
         self,
         values: Tensor,
         gates: Tensor,
+        ape: Weight,
         rows: TableRows,
         norm: Weight,
         eps: float,
@@ -76,8 +77,8 @@ class TableState:
     ) -> None:
         """Adds a token to each; where it completes a group, the group's row enters `rows`."""
         self.tables.ops.compress_step(
-            values, gates, self.addresses, rows.packed, self.tables.positions, self.ratio, self.overlap, norm, eps,
-            frequencies, rows.layout, spread,
+            values, gates, ape, self.addresses, rows.packed, self.tables.positions, self.ratio, self.overlap, norm,
+            eps, frequencies, rows.layout, spread,
         )  # fmt: skip
 
 

@@ -59,6 +59,8 @@ def groups_are_compressed_as_by_the_reference(
     state_addresses = torch.tensor([state.data.data_ptr() for state in states]).to(device)
     row_addresses = torch.tensor([one.data_ptr() for one in rows]).to(device)
     given = Weight("norm", (dim,), F32, norm.data.to(device))
+    ape = Weight("ape", (ratio, width), F32, random(ratio, width))
+    given_ape = Weight("ape", (ratio, width), F32, ape.data.to(device))
     for i, start in enumerate(starts):  # what each has read before
         values, gates = random(start, width, seed=i), random(start, width, seed=i + 50)
         if start:
@@ -68,11 +70,12 @@ def groups_are_compressed_as_by_the_reference(
         values, gates = random(3, width, seed=step), random(3, width, seed=step + 100)
         positions = torch.tensor([start + step for start in starts])
         ops.compress_step(
-            values.to(device), gates.to(device), state_addresses, row_addresses, positions.to(device), ratio, overlap,
-            given, 1e-6, turns.to(device), layout, spread,
+            values.to(device), gates.to(device), given_ape, state_addresses, row_addresses, positions.to(device),
+            ratio, overlap, given, 1e-6, turns.to(device), layout, spread,
         )  # fmt: skip
         for i, start in enumerate(starts):
-            groups = expected[i].extend(values[i : i + 1], gates[i : i + 1], start + step)
+            own = gates[i : i + 1] + ape.data[(start + step) % ratio]
+            groups = expected[i].extend(values[i : i + 1], own, start + step)
             if groups is not None:
                 entries = reference.compress(*groups, overlap)
                 first = torch.tensor([len(own_rows[i]) * ratio])

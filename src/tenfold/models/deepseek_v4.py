@@ -174,18 +174,18 @@ class Compressor:
 
     def append(self, values: Tensor, gates: Tensor, step: Step) -> None:
         """Folds what `inputs` make of the tokens, [n, width] each, into the streams of each span."""
+        batch = step.spans[0]
+        if isinstance(batch, BatchSpan):
+            state = batch.streams.state(self.layer.index, self.state)
+            rows, eps = batch.streams.rows(self.layer.index, self.rows), self.config.rms_norm_eps
+            state.extend(values, gates, self.ape, rows, self.norm, eps, self.frequencies, self.spread)
+            return
         gates = gates + self.ops.embed(step.places(self.layer.ratio), self.ape)
         for span in step.spans:
+            assert isinstance(span, Span)
             self._append(values[span.rows], gates[span.rows], span)
 
-    def _append(self, values: Tensor, gates: Tensor, span: Span | BatchSpan) -> None:
-        if isinstance(span, BatchSpan):
-            state, rows = (
-                span.streams.state(self.layer.index, self.state),
-                span.streams.rows(self.layer.index, self.rows),
-            )
-            state.extend(values, gates, rows, self.norm, self.config.rms_norm_eps, self.frequencies, self.spread)
-            return
+    def _append(self, values: Tensor, gates: Tensor, span: Span) -> None:
         overlap = self.layer.attention == "csa"
         groups = span.streams.state(self.layer.index, self.state).extend(values, gates, span.position)
         if groups is None:

@@ -299,6 +299,7 @@ class BatchOps(Ops, Protocol):
         self,
         values: Tensor,
         gates: Tensor,
+        ape: Weight,
         states: Tensor,
         rows: Tensor,
         positions: Tensor,
@@ -310,8 +311,9 @@ class BatchOps(Ops, Protocol):
         layout: RowLayout,
         spread: bool,
     ) -> None:
-        """Adds values and gates [n, width] of the tokens at `positions` to the compressor states at `states`; where one
-        completes a group, its entry goes as by `compress` and `norm_rope_pack` to its place in the rows at `rows`."""
+        """Adds a token to each compressor state at `states`: values [n, width], and gates with the row of `ape` [ratio,
+        width] that is their place's. Where it completes a group, the group's entry goes as by `compress` and
+        `norm_rope_pack` to its place in the rows at `rows`."""
 
     def keep_experts_far(self, hot: int) -> FarMemory:
         """From now on routed experts are read where what comes back keeps them, copies of `hot` of each layer apart."""

@@ -479,6 +479,7 @@ def store_rows(rows: Tensor, addresses: Tensor, places: Tensor, ring: int | None
 def compress_step(
     values: Tensor,
     gates: Tensor,
+    ape: Weight,
     states: Tensor,
     rows: Tensor,
     positions: Tensor,
@@ -498,6 +499,7 @@ def compress_step(
     _kernel("compress_step")(
         _checked("values", values, torch.float32, (n, width)),
         _checked("gates", gates, torch.float32, (n, width)),
+        _numbers("ape", ape, (ratio, width)),
         _checked("states", states, torch.int64, (n,)),
         _checked("rows", rows, torch.int64, (n,)),
         _checked("positions", positions, torch.int64, (n,)),

@@ -46,6 +46,7 @@ def _store(rows, addresses, places, ROW_BYTES: tl.constexpr, RING: tl.constexpr,
 def compress_step(
     values: Tensor,
     gates: Tensor,
+    ape: Weight,
     states: Tensor,
     rows: Tensor,
     positions: Tensor,
@@ -67,7 +68,7 @@ def compress_step(
     if n:
         sizes = _sizes(layout, ratio, overlap, spread, frequencies.shape[0])
         _compress[(n,)](
-            values.contiguous(), gates.contiguous(), states, rows, positions, norm.data, frequencies, eps,
+            values.contiguous(), gates.contiguous(), ape.data, states, rows, positions, norm.data, frequencies, eps,
             **sizes, num_warps=4,
         )  # fmt: skip
 
@@ -98,7 +99,7 @@ def _sizes(layout: RowLayout, ratio: int, overlap: bool, spread: bool, pairs: in
 
 @triton.jit
 def _compress(
-    values, gates, states, rows, positions, norm, frequencies, eps,
+    values, gates, ape, states, rows, positions, norm, frequencies, eps,
     RATIO: tl.constexpr, OVERLAP: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
     PAIRS: tl.constexpr, SPREAD: tl.constexpr, CODE_BITS: tl.constexpr, CODED: tl.constexpr, PLAIN: tl.constexpr,
     ROW_BYTES: tl.constexpr, PLAIN_OFFSET: tl.constexpr, SCALE_OFFSET: tl.constexpr, SCALE_BYTES: tl.constexpr,
@@ -112,18 +113,22 @@ def _compress(
     HALVES: tl.constexpr = 2 if OVERLAP else 1
     FIRST: tl.constexpr = RATIO if OVERLAP else 0
     own, ok = i.to(tl.int64) * WIDTH, d < DIM
+    ape += place * WIDTH
     if place < RATIO - 1:
         slot = state + (FIRST + place) * 2 * WIDTH
         for half in tl.static_range(HALVES):
             channel = half * DIM + d
             tl.store(slot + channel, tl.load(values + own + channel, mask=ok, other=0.0), mask=ok)
-            tl.store(slot + WIDTH + channel, tl.load(gates + own + channel, mask=ok, other=0.0), mask=ok)
+            gate = tl.load(gates + own + channel, mask=ok, other=0.0)
+            gate += tl.load(ape + channel, mask=ok, other=0.0).to(tl.float32)
+            tl.store(slot + WIDTH + channel, gate, mask=ok)
         return
     # share = (gates - gates.amax(1)).exp(); entry = (share * values).sum(1) / share.sum(1), a few slots at a time;
     # the token at hand is in no slot yet.
     CHANNEL: tl.constexpr = DIM if OVERLAP else 0
     value = tl.load(values + own + CHANNEL + d, mask=ok, other=0.0)
     top = tl.load(gates + own + CHANNEL + d, mask=ok, other=0.0)
+    top += tl.load(ape + CHANNEL + d, mask=ok, other=0.0).to(tl.float32)
     total, pooled = tl.full([WIDE], 1.0, tl.float32), value
     for first in range(0, FIRST + RATIO - 1, 8):
         s = first + tl.arange(0, 8)
@@ -147,7 +152,9 @@ def _compress(
         for half in tl.static_range(HALVES):
             channel = half * DIM + d
             tl.store(slot + channel, tl.load(values + own + channel, mask=ok, other=0.0), mask=ok)
-            tl.store(slot + WIDTH + channel, tl.load(gates + own + channel, mask=ok, other=0.0), mask=ok)
+            gate = tl.load(gates + own + channel, mask=ok, other=0.0)
+            gate += tl.load(ape + channel, mask=ok, other=0.0).to(tl.float32)
+            tl.store(slot + WIDTH + channel, gate, mask=ok)
     x = tl.where(ok, pooled / total, 0.0)
     x = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * tl.load(norm + d, mask=ok, other=0.0).to(tl.float32)
     entry = position // RATIO
