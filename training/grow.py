@@ -44,8 +44,8 @@ def grown(start: Path, config: ModelConfig, fresh: dict[str, Tensor]) -> dict[st
         shapes = {name: value.shape for name, value in old.items()}
         if shapes != {name: value.shape for name, value in fresh.items()}:
             raise UsageError(
-                f"--start is {start}, whose weights are not those of the model; only V4 networks grow, V3.2 needs a text "
-                "model of its own shape: python -m training.train --model tiny-v3.2"
+                f"--start is {start}, whose weights are not those of the model; only V4 networks grow, V3.2 needs a "
+                "text model of its own shape: python -m training.train --model tiny-v3.2"
             )
         return old
     new_layers = config.num_hidden_layers - old_config.num_hidden_layers

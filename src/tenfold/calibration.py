@@ -34,7 +34,7 @@ __all__ = ["calibrate"]
 _MODEL = "tiny-v4-flash"
 _CONTEXT, _DECODES, _CHUNKS, _CHUNK_TOKENS = 1024, 40, 3, 2048
 _WIDTH, _ROWS = 2048, 512
-_KEYS, _QUERIES, _KEY_TILE, _CALLS = 1 << 17, 128, 1 << 12, 7
+_KEYS, _QUERIES, _KEY_TILE, _CALLS = 1 << 18, 128, 1 << 12, 7
 _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK = 64, 128, 512  # V4's own
 _DISK_BYTES, _DISK_BLOCK = 1 << 28, 1 << 22
 
@@ -106,7 +106,7 @@ def _with_index(measured: Measured, config: ModelConfig) -> Measured:
     """Three unknowns from three times of a query and a key: with V4's many heads, with the embedded model's few, and
     with one query alone, for which a key is unpacked every time."""
     heads, dim, topk = config.index_n_heads, config.index_head_dim, config.index_topk
-    enough = _KEYS // 8  # of keys, where scores are nearly all the work
+    enough = _KEYS // 16  # of keys, where scores are nearly all the work
     many_s = _select_s(_QUERIES, enough, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (_QUERIES * enough)
     few_s = _select_s(_QUERIES, _KEYS, heads, dim, topk) / (_QUERIES * _KEYS)
     alone_s = _select_s(1, _KEYS, heads, dim, topk) / _KEYS

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -49,6 +48,7 @@ class _Pass:
     tables: Tables
     graph: torch.cuda.CUDAGraph | Recording | None = None
     logits: Tensor | None = None
+    has_run: bool = False
 
 
 def can_decode(ops: Ops) -> bool:
@@ -103,7 +103,7 @@ class Decoder:
             ready = self._passes[key] = self._pass(size, context)
         self._put(ready.tables, places)
         if ready.graph is None:
-            return self._forward(ready.tables, tick)
+            return self._forward(ready.tables, tick) if self._record is None else self._run_or_record(ready, tick)
         if not isinstance(ready.graph, torch.cuda.CUDAGraph):
             return ready.graph.replay(tick)
         ready.graph.replay()
@@ -126,13 +126,28 @@ class Decoder:
         with torch.no_grad():
             return self.model.forward(step)
 
+    def _run_or_record(self, ready: _Pass, tick: Tick | None) -> Tensor:
+        """The first pass of a size is not recorded, the second is: both are real ones."""
+        if not ready.has_run:
+            logits = self._forward(ready.tables, tick)
+            ready.has_run = True
+            return logits
+
+        def run(mark: Tick) -> Tensor:
+            def reached(share: float) -> None:
+                mark(share)
+                if tick is not None:
+                    tick(share)
+
+            return self._forward(ready.tables, reached)
+
+        assert self._record is not None
+        ready.graph = self._record(run)
+        return ready.graph.out
+
     def _pass(self, size: int, context: int) -> _Pass:
         """Captured while nobody stands in any place: what the passes write meanwhile is nobody's."""
         ready = _Pass(Tables(self.config, self.ops, size, context, self.exact, self.device))
-        if self._record is not None:
-            self._put(ready.tables, [])
-            self._forward(ready.tables)
-            ready.graph = self._record(partial(self._forward, ready.tables))
         if self.device.type != "cuda":
             return ready
         self._put(ready.tables, [])

@@ -330,7 +330,9 @@ class RecordingOps(BatchOps, Protocol):
 
 
 class Recording(Protocol):
-    """A pass to replay."""
+    """A pass to replay; `out` is what it returned when it was recorded, good until the next replay."""
+
+    out: Tensor
 
     def replay(self, tick: Callable[[float], None] | None) -> Tensor:
         """What the pass returns, good until the next replay; `tick` hears of its progress, and may end it."""

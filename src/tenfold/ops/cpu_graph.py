@@ -47,7 +47,7 @@ class Recording:
     """A pass to replay; holds all memory that it works in."""
 
     def __init__(self, items: Sequence[Callable[[], object] | float], kept: list[object], out: Tensor) -> None:
-        self._items, self._kept, self._out = items, kept, out
+        self._items, self._kept, self.out = items, kept, out
 
     def replay(self, tick: Tick | None) -> Tensor:
         """What the pass returned, good until the next replay; `tick` hears of its progress, and may end it."""
@@ -56,7 +56,7 @@ class Recording:
                 item()
             elif tick is not None:
                 tick(item)
-        return self._out
+        return self.out
 
 
 class _Recorder(TorchDispatchMode):
@@ -68,6 +68,11 @@ class _Recorder(TorchDispatchMode):
         self.kept: list[object] = []
         self._calls: list[bytes] = []
         self._scratch = torch.empty(0)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's word for: nothing in here is compiled. Otherwise its compiler is loaded, which takes seconds."""
+        return False
 
     def call(self, line: Line, arguments: tuple[int | float | None, ...]) -> None:
         line.run(*arguments)
