@@ -63,10 +63,10 @@ STAGES = (
 # V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit, and what they need for
 # that is there after the first stage. So all layers learn from the beginning.
 STAGES_V32 = (
-    Stage(1_300_000, 256, 4, (5, 7), (1.0, 0.8)),
-    Stage(1_700_000, 512, 2, (7, 14), (0.8, 0.7)),
-    Stage(2_000_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
-    Stage(2_400_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
+    Stage(2_300_000, 256, 4, (5, 7), (1.0, 0.8)),
+    Stage(2_600_000, 512, 2, (7, 14), (0.8, 0.7)),
+    Stage(2_800_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
+    Stage(3_100_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
 )
 
 
