@@ -7,6 +7,7 @@ Knows models and tables, no sessions.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -67,6 +68,7 @@ class Decoder:
         self._nobody = Streams(config, _NOBODYS_TOKENS, exact, device)
         self._passes: dict[tuple[int, int, int], _Pass] = {}
         self._pool: Any = None
+        self._alone = threading.Lock()  # passes of one size share their memory
 
     def takes(self, num_places: int) -> bool:
         """Whether a pass of so many is better done here."""
@@ -78,7 +80,8 @@ class Decoder:
         On the CPU `tick` is told the share that is done, as by `Engine.step`; on a GPU a pass takes no time.
         """
         most = self._sizes[-1]
-        parts = [self._run(places[i : i + most], tick) for i in range(0, len(places), most)]
+        with self._alone:
+            parts = [self._run(places[i : i + most], tick) for i in range(0, len(places), most)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, places: Sequence[Place], tick: Tick | None) -> Tensor:
