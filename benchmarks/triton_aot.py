@@ -253,7 +253,7 @@ def attention_cases() -> Iterator[Case]:
             shape = attention._sizes(layout, layout.width, HEAD) | common
             heads_each = attention._heads_each(heads, 4096 if many else 1)
             constants = shape | {"FIRST": first, "SECOND": second, "FIRST_EACH": not many, "SECOND_EACH": not many,
-                                 "WHOLE": many, "BH": heads_each, "BK": attention._ROWS}  # fmt: skip
+                                 "WHOLE": many, "BH": heads_each, "BK": attention._rows_each(layout.width)}  # fmt: skip
             label = f"attention {name}, {'many queries' if many else 'a query of each session'}"
             yield Case(label, attention._attend, types, constants, num_warps=8, num_stages=1)
         merge = common | {"MAIN": shape["MAIN"], "LANES": 32}
@@ -284,7 +284,7 @@ def index_cases() -> Iterator[Case]:
 def session_cases() -> Iterator[Case]:
     types = {"rows": "*u8", "addresses": "*i64", "places": "*i64"}
     yield Case("store a row each", sessions._store, types, {"ROW_BYTES": 584, "RING": 128, "WIDE": 1024}, num_warps=1)
-    types = dict.fromkeys(("values", "gates", "norm", "frequencies"), "*fp32") | {"eps": "fp32"}
+    types = dict.fromkeys(("values", "gates", "ape", "norm", "frequencies"), "*fp32") | {"eps": "fp32"}
     types |= dict.fromkeys(("states", "rows", "positions"), "*i64")
     for name, layout, ratio, overlap, spread in (
         ("csa", kv_row_v4(512, 64), 4, True, False),

@@ -27,8 +27,6 @@ from tenfold.ops.triton.rows import cos_sin
 __all__ = ["sparse_attention"]
 
 _LOG2E = 1.4426950408889634
-_ROWS = 32
-"""Rows of a block."""
 _NONE, _RANGE, _LIST = 0, 1, 2
 """What a source is: nothing, bounds for each query, a list for each query."""
 
@@ -55,7 +53,8 @@ def sparse_attention(
     if n * heads == 0:
         return out
     heads_each = _heads_each(heads, n)
-    blocks = [-(-source.columns // _ROWS) for source in sources]
+    rows_each = _rows_each(width)
+    blocks = [-(-source.columns // rows_each) for source in sources]
     splits = _splits(sum(blocks), n * triton.cdiv(heads, heads_each), q.device)
     positions = position if isinstance(position, Tensor) else _consecutive(position, n, q.device)
     lanes = max(32, triton.next_power_of_2(splits))
@@ -73,7 +72,7 @@ def sparse_attention(
         q.contiguous(), *first[0], *second[0], partial, lse, sinks, positions, turns,
         scale * _LOG2E,
         FIRST=first[1], SECOND=second[1], FIRST_EACH=first[2], SECOND_EACH=second[2],
-        WHOLE=splits == 1, BH=heads_each, BK=_ROWS, **sizes, **common,
+        WHOLE=splits == 1, BH=heads_each, BK=rows_each, **sizes, **common,
         num_warps=8, num_stages=1,
     )  # fmt: skip
     if splits > 1:
@@ -87,6 +86,11 @@ def _heads_each(heads: int, n: int) -> int:
     """Heads of a program: all of a query's where there are many queries, so that a row is read once for all."""
     most = 32 if n >= 256 else 16
     return max(16, min(most, int(triton.next_power_of_2(heads))))
+
+
+def _rows_each(width: int) -> int:
+    """Rows of a block: as many as registers and shared memory hold beside the outputs on all GPUs from Ampere on."""
+    return 32 if width <= 512 else 16
 
 
 def _splits(blocks: int, programs: int, device: torch.device) -> int:
