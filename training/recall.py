@@ -58,7 +58,7 @@ STAGES = (
     Stage(1_000_000, 1024, 1, (10, 28), (0.7, 0.4), selects=True),
     Stage(1_150_000, 1024, 1, (10, 28), (0.4, 0.02), selects=True, quantised=True),
     Stage(1_750_000, 1024, 1, (10, 28), (0.3, 0.01), selects=True, quantised=True),
-    Stage(2_500_000, 1024, 2, (14, 28), (0.3, 0.01), selects=True, quantised=True),  # more to mix up
+    Stage(2_200_000, 1024, 2, (14, 28), (0.3, 0.01), selects=True, quantised=True),  # more to mix up
 )
 
 # V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit, and what they need for
