@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tenfold.config import DeepseekV32Config, LayerSpec
+from tenfold.config import DeepseekV4Config, DeepseekV32Config, LayerSpec, ModelConfig
 from tenfold.formats import F32
 from tenfold.models.blocks import Binder
 from tenfold.models.deepseek_v32 import Attention, DeepseekV32
 from tenfold.ops import Weight, reference
 from tenfold.step import Step
-from training.model import Batch, Noted, StackBinder, index_loss, recall_loss, scores_of_asked
+from training.model import Batch, Noted, StackBinder, TrainingModel, index_loss, recall_loss, scores_of_asked
 from training.ops import TrainingOps, head_loss, stored_rows
 
-__all__ = ["TrainingModelV32"]
+__all__ = ["TrainingModelV32", "training_model"]
 
 EPS = 1e-6
 
@@ -76,6 +76,16 @@ class TrainingModelV32:
         h = h + block.mlp.forward(ops.rms_norm(h, block.post_attention_layernorm, block.eps))
         h = ops.rms_norm(h, network.norm, self.config.rms_norm_eps)
         return head_loss(h, network.lm_head.data.to(ops.dtype), targets)
+
+
+def training_model(
+    config: ModelConfig, weights: dict[str, Tensor], ops: TrainingOps, quantised: bool
+) -> TrainingModel | TrainingModelV32:
+    """The network of either architecture."""
+    if isinstance(config, DeepseekV32Config):
+        return TrainingModelV32(config, weights, ops, quantised)
+    assert isinstance(config, DeepseekV4Config)
+    return TrainingModel(config, weights, ops, quantised)
 
 
 class TrainingAttentionV32(Attention):

@@ -22,12 +22,12 @@ import torch._dynamo
 from torch import Tensor
 
 from tenfold import checkpoint
-from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
+from tenfold.config import DeepseekV4Config, ModelConfig
 from training.data import WORK
 from training.facts import DIGITS, Lessons, Teacher
 from training.grow import grown
 from training.model import Asked, Batch, TrainingModel, initial, stack_name
-from training.model_v32 import TrainingModelV32
+from training.model_v32 import TrainingModelV32, training_model
 from training.models import CONFIGS
 from training.ops import TrainingOps
 from training.train import BALANCE_RATE, rounded
@@ -178,10 +178,7 @@ class Pupil:
             weights[name] = value
             if quantised:
                 weights[name] = value + (rounded(value.detach(), self.forms[name]) - value).detach()
-        if isinstance(self.config, DeepseekV32Config):
-            return TrainingModelV32(self.config, weights, self.ops, quantised)
-        assert isinstance(self.config, DeepseekV4Config)
-        return TrainingModel(self.config, weights, self.ops, quantised)
+        return training_model(self.config, weights, self.ops, quantised)
 
     def _look_up(self, lessons: Lessons, quantised: bool) -> dict[str, float]:
         plan = self.plan

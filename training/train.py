@@ -28,13 +28,13 @@ import torch._dynamo
 from torch import Tensor
 
 from tenfold import checkpoint
-from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
+from tenfold.config import DeepseekV32Config, ModelConfig
 from tenfold.errors import RunError
 from tenfold.formats import BF16, FP8_BLOCK, MXFP4, WeightFormat
 from training.bpe import END_ID
 from training.data import WORK
-from training.model import Batch, TrainingModel, initial, stack_name, tiny_config
-from training.model_v32 import TrainingModelV32
+from training.model import Batch, initial, stack_name, tiny_config
+from training.model_v32 import training_model
 from training.models import CONFIGS
 from training.ops import TrainingOps
 
@@ -339,15 +339,6 @@ class Progress:
     share: float = 0.0
 
 
-def _model(
-    config: ModelConfig, leaves: dict[str, Tensor], ops: TrainingOps, quantised: bool
-) -> TrainingModel | TrainingModelV32:
-    if isinstance(config, DeepseekV32Config):
-        return TrainingModelV32(config, leaves, ops, quantised)
-    assert isinstance(config, DeepseekV4Config)
-    return TrainingModel(config, leaves, ops, quantised)
-
-
 def _checkpoints(config: ModelConfig, work: Path) -> Path:
     return work / ("ckpt-v3.2" if isinstance(config, DeepseekV32Config) else "ckpt")
 
@@ -360,7 +351,7 @@ class Worker:
         self.weights, self.leaves = weights, weights.leaves()
         self.feed = Feed(work, self.plan.seed)
         ops = TrainingOps(HALF, compiled)
-        self.models = [_model(config, self.leaves, ops, quantised) for quantised in (False, True)]
+        self.models = [training_model(config, self.leaves, ops, quantised) for quantised in (False, True)]
         self.progress = Progress()
 
     def gradients(self) -> dict[str, float]:

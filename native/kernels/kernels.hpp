@@ -137,11 +137,13 @@ void compress_step(const float* values, const float* gates, const float* ape, fl
                    uint8_t* const* rows, const int64_t* positions, const float* norm, const float* frequencies,
                    const RowLayout* layout, int64_t n, int64_t ratio, int64_t width, int64_t pairs, float eps,
                    int32_t overlap, int32_t steps);
-// `select_rows` and `sparse_attention` of one query each. What sources list is not checked: they come from here.
+// `select_rows` and `sparse_attention` of one query each; `packed` of up to most_sources sources holds an address for
+// each. What sources list is not checked: they come from here.
+constexpr int64_t most_sources = 4;
 void select_sessions(const float* q, const float* weights, const uint8_t* const* keys, const RowLayout* layout,
                      const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
                      int32_t threads);
-void attend_sessions(const float* q, const SessionRows* sources, int64_t num_sources, const float* sink,
+void attend_sessions(const float* q, const Rows* sources, int64_t num_sources, const float* sink,
                      const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
                      const int64_t* positions, int64_t pairs, float scale, int32_t threads);
 

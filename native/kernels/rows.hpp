@@ -29,16 +29,4 @@ struct Rows {
     RowLayout layout;
 };
 
-// The same where each query has rows of its own, `addresses` [n], num_rows at most.
-struct SessionRows {
-    const uint8_t* const* addresses;
-    int64_t num_rows;
-    const int64_t* start;
-    const int64_t* stop;
-    const int32_t* index;
-    int64_t columns;
-    RowLayout layout;
-};
-constexpr int64_t most_sources = 4;
-
 }  // namespace tenfold

@@ -47,19 +47,19 @@ void select_sessions(const float* q, const float* weights, const uint8_t* const*
     }
 }
 
-void attend_sessions(const float* q, const SessionRows* sources, int64_t num_sources, const float* sink,
+void attend_sessions(const float* q, const Rows* sources, int64_t num_sources, const float* sink,
                      const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
                      const int64_t* positions, int64_t pairs, float scale, int32_t threads) {
     Rows mine[most_sources];
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t s = 0; s < num_sources; ++s) {
-            const SessionRows& from = sources[s];
-            mine[s] = {from.addresses[i], from.num_rows, nullptr, nullptr, nullptr, from.columns, from.layout};
-            if (from.columns < 0) {
-                mine[s].start = from.start + i;
-                mine[s].stop = from.stop + i;
+            mine[s] = sources[s];
+            __builtin_memcpy(&mine[s].packed, sources[s].packed + i * static_cast<int64_t>(sizeof(void*)), sizeof(void*));
+            if (mine[s].columns < 0) {
+                mine[s].start += i;
+                mine[s].stop += i;
             } else {
-                mine[s].index = from.index + i * from.columns;
+                mine[s].index += i * mine[s].columns;
             }
         }
         int32_t refused;

@@ -8,8 +8,9 @@ Knows models and tables, no sessions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -17,14 +18,12 @@ from torch import Tensor
 
 from tenfold.config import ModelConfig
 from tenfold.models import Model
-from tenfold.ops import BatchOps, Ops, Recording, RecordingOps
+from tenfold.ops import BatchOps, Ops, Recording, RecordingOps, Tick
 from tenfold.step import BatchSpan, Pace, Step
 from tenfold.streams import Streams
 from tenfold.tables import Tables
 
 __all__ = ["Decoder", "Place", "can_decode"]
-
-Tick = Callable[[float], None]
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _RECORDED_SIZES = (1, 2, 3, 4)
@@ -65,10 +64,14 @@ class Decoder:
         self.ops = cast(BatchOps, ops)
         self._record = cast(RecordingOps, ops).record if hasattr(ops, "record") else None
         self._sizes = _SIZES if self._record is None else _RECORDED_SIZES
-        self._nobody = Streams(config, _NOBODYS_TOKENS, exact, device)
         self._passes: dict[tuple[int, int, int], _Pass] = {}
         self._pool: Any = None
         self._alone = threading.Lock()  # passes of one size share their memory
+
+    @cached_property
+    def _nobody(self) -> Streams:
+        """Who stands where there is no session; on the CPU every place is taken."""
+        return Streams(self.config, _NOBODYS_TOKENS, self.exact, self.device)
 
     def takes(self, num_places: int) -> bool:
         """Whether a pass of so many is better done here."""
@@ -115,7 +118,8 @@ class Decoder:
 
     def _put(self, tables: Tables, places: Sequence[Place]) -> None:
         """Nobody stands where there is no session."""
-        filled = [*places, *[Place(self._nobody, 0, 0)] * (tables.size - len(places))]
+        empty = tables.size - len(places)
+        filled = [*places, *([Place(self._nobody, 0, 0)] * empty if empty else ())]
         tables.put(
             [place.streams for place in filled],
             [place.token for place in filled],

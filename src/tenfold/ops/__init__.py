@@ -29,6 +29,7 @@ __all__ = [
     "RecordingOps",
     "Rows",
     "Stack",
+    "Tick",
     "Weight",
     "device_of",
     "select",
@@ -322,10 +323,14 @@ class BatchOps(Ops, Protocol):
         """Between two passes: what is better done when nothing runs."""
 
 
-class RecordingOps(BatchOps, Protocol):
-    """A backend whose passes are replayed without a device's graphs."""
+Tick = Callable[[float], None]
+"""Is told the share of a pass that is done."""
 
-    def record(self, run: Callable[[Callable[[float], None]], Tensor]) -> Recording:
+
+class RecordingOps(Protocol):
+    """What a backend offers beside whose passes are replayed without a device's graphs."""
+
+    def record(self, run: Callable[[Tick], Tensor]) -> Recording:
         """A pass that ran once before, recorded; `run` is given what to tell its progress."""
 
 
@@ -334,7 +339,7 @@ class Recording(Protocol):
 
     out: Tensor
 
-    def replay(self, tick: Callable[[float], None] | None) -> Tensor:
+    def replay(self, tick: Tick | None) -> Tensor:
         """What the pass returns, good until the next replay; `tick` hears of its progress, and may end it."""
 
 

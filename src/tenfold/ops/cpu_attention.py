@@ -80,20 +80,6 @@ class _Rows(ctypes.Structure):
     ]
 
 
-class _SessionRows(ctypes.Structure):
-    """`SessionRows` of native/kernels/rows.hpp."""
-
-    _fields_ = [
-        ("addresses", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int64),
-        ("start", ctypes.c_void_p),
-        ("stop", ctypes.c_void_p),
-        ("index", ctypes.c_void_p),
-        ("columns", ctypes.c_int64),
-        ("layout", _Layout),
-    ]
-
-
 @cache
 def _layout(layout: RowLayout) -> _Layout:
     return _Layout(*(getattr(layout, name) for name in _LAYOUT_FIELDS))
@@ -121,9 +107,12 @@ def _aligned(name: str, tensor: Tensor) -> int:
     return address
 
 
-def _checked_rows(name: str, packed: Tensor, layout: RowLayout, width: int) -> int:
+def _checked_rows(name: str, packed: Tensor, layout: RowLayout, width: int, num_sessions: int | None) -> int:
+    """The address of rows, or of the table that says where each session's are."""
     if layout.width != width:
         raise ValueError(f"{name}: rows of {layout.name} have {layout.width} channels, the query has {width}")
+    if num_sessions is not None:
+        return _checked(name, packed, torch.int64, (num_sessions,))
     return _checked(name, packed, torch.uint8, (packed.shape[0], layout.row_bytes))
 
 
@@ -426,39 +415,20 @@ def select_rows(
 ) -> Tensor:
     n, heads, dim = q.shape
     q, weights, visible = q.contiguous(), weights.contiguous(), visible.contiguous()
-    if most is not None:
-        return _select_sessions(q, weights, keys, layout, visible, min(topk, most))
     addresses = (
         _checked("q", q, torch.float32, (n, heads, dim)),
         _checked("weights", weights, torch.float32, (n, heads)),
-        _checked_rows("keys", keys, layout, dim),
+        _checked_rows("keys", keys, layout, dim, None if most is None else n),
         ctypes.addressof(_layout(layout)),
         _checked("visible", visible, torch.int64, (n,)),
     )
-    most = int(visible.max()) if n else 0
-    if most > keys.shape[0]:
-        raise IndexError(f"visible: a query is to see {most} rows of the {keys.shape[0]} there are")
+    kernel = "select_rows" if most is None else "select_sessions"
+    if most is None:
+        most = int(visible.max()) if n else 0
+        if most > keys.shape[0]:
+            raise IndexError(f"visible: a query is to see {most} rows of the {keys.shape[0]} there are")
     out = torch.empty(n, min(topk, most), dtype=torch.int32)
-    _kernel("select_rows")(*addresses, out.data_ptr(), n, heads, dim, out.shape[1], _native.num_threads())
-    return out
-
-
-def _select_sessions(
-    q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, count: int
-) -> Tensor:
-    """Keys int64 [n] are the addresses of each query's own."""
-    n, heads, dim = q.shape
-    if layout.width != dim:
-        raise ValueError(f"keys: rows of {layout.name} have {layout.width} channels, the query has {dim}")
-    out = torch.empty(n, count, dtype=torch.int32)
-    _kernel("select_sessions")(
-        _checked("q", q, torch.float32, (n, heads, dim)),
-        _checked("weights", weights, torch.float32, (n, heads)),
-        _checked("keys", keys, torch.int64, (n,)),
-        ctypes.addressof(_layout(layout)),
-        _checked("visible", visible, torch.int64, (n,)),
-        out.data_ptr(), n, heads, dim, count, _native.num_threads(),
-    )  # fmt: skip
+    _kernel(kernel)(*addresses, out.data_ptr(), n, heads, dim, out.shape[1], _native.num_threads())
     return out
 
 
@@ -515,8 +485,9 @@ def compress_step(
 
 def _describe(source: Rows, name: str, n: int, width: int, to: _Rows) -> tuple[Tensor, ...]:
     """Fills in `to`; what is returned has to live as long as it."""
-    to.packed = _checked_rows(f"{name}: packed", source.packed, source.layout, width)
-    to.num_rows = source.packed.shape[0]
+    num_sessions = None if source.most is None else n
+    to.packed = _checked_rows(f"{name}: packed", source.packed, source.layout, width, num_sessions)
+    to.num_rows = source.packed.shape[0] if source.most is None else 2 * source.most  # a ring lies there twice
     to.layout = _layout(source.layout)
     if source.index is not None:
         index = source.index.contiguous()
@@ -544,13 +515,10 @@ def sparse_attention(
     if not 0 < value_dim <= width or 2 * pairs > value_dim or pairs > _MOST_PAIRS:
         raise ValueError(f"value_dim: expected {max(2 * pairs, 1)} to {width}, got {value_dim}")
     q = q.contiguous()
-    if isinstance(position, Tensor):
-        return _attend_sessions(q, sources, sink, scale, value_dim, position, frequencies)
     out = q.new_empty(n, heads, value_dim)
     given = (_Rows * len(sources))()
     kept = [_describe(source, f"source {i}", n, width, given[i]) for i, source in enumerate(sources)]
-    refused = ctypes.c_int32()
-    _kernel("sparse_attention")(
+    common = (
         _checked("q", q, torch.float32, (n, heads, width)),
         ctypes.addressof(given),
         len(sources),
@@ -561,58 +529,19 @@ def sparse_attention(
         heads,
         width,
         value_dim,
-        position,
-        pairs,
-        scale,
-        ctypes.addressof(refused),
-        _native.num_threads(),
     )
+    threads = _native.num_threads()
+    if isinstance(position, Tensor):
+        if len(sources) > _MOST_SOURCES:
+            raise ValueError(f"sources: expected at most {_MOST_SOURCES}, got {len(sources)}")
+        if (recorder := _native.recorder()) is not None:
+            recorder.hold((given, kept))
+        _kernel("attend_sessions")(*common, _checked("position", position, torch.int64, (n,)), pairs, scale, threads)
+        return out
+    refused = ctypes.c_int32()
+    _kernel("sparse_attention")(*common, position, pairs, scale, ctypes.addressof(refused), threads)
     del kept
     if refused.value >= 0:
         rows = sources[refused.value].packed.shape[0]
         raise IndexError(f"source {refused.value}: a query is to see rows that are not among the {rows} there are")
-    return out
-
-
-def _attend_sessions(
-    q: Tensor,
-    sources: Sequence[Rows],
-    sink: Weight | None,
-    scale: float,
-    value_dim: int,
-    positions: Tensor,
-    frequencies: Tensor | None,
-) -> Tensor:
-    """Each query over rows of its own session. `packed` of the sources are addresses."""
-    n, heads, width = q.shape
-    out = q.new_empty(n, heads, value_dim)
-    given = (_SessionRows * len(sources))()
-    for source, to in zip(sources, given, strict=True):
-        if source.layout.width != width:
-            raise ValueError(f"sources: rows of {source.layout.name} are not of the query's {width} channels")
-        to.addresses = _checked("packed", source.packed, torch.int64, (n,))
-        assert source.most is not None
-        to.num_rows, to.layout, to.columns = 2 * source.most, _layout(source.layout), -1  # a ring lies there twice
-        if source.index is None:
-            start, stop = source.bounds
-            to.start = _checked("start", start, torch.int64, (n,))
-            to.stop = _checked("stop", stop, torch.int64, (n,))
-        else:
-            to.columns = source.index.shape[1]
-            to.index = _checked("index", source.index, torch.int32, (n, to.columns))
-    if len(sources) > _MOST_SOURCES:
-        raise ValueError(f"sources: expected at most {_MOST_SOURCES}, got {len(sources)}")
-    if (recorder := _native.recorder()) is not None:
-        recorder.hold(given)
-    pairs = 0 if frequencies is None else frequencies.shape[0]
-    _kernel("attend_sessions")(
-        _checked("q", q, torch.float32, (n, heads, width)),
-        ctypes.addressof(given),
-        len(sources),
-        None if sink is None else _numbers("sink", sink, (heads,)),
-        None if frequencies is None else _checked("frequencies", frequencies, torch.float32, (pairs,)),
-        out.data_ptr(), n, heads, width, value_dim,
-        _checked("position", positions, torch.int64, (n,)),
-        pairs, scale, _native.num_threads(),
-    )  # fmt: skip
     return out

@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold import _native
 from tenfold._native import Line
+from tenfold.ops import Tick
 
 __all__ = ["Recording", "record"]
-
-Tick = Callable[[float], None]
 
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
