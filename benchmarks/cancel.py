@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from array import array
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def measured(engine: Engine, depth: int, tokens: int, turns: int) -> dict[str, A
 def gaps(session: Session, ids: list[int]) -> list[float]:
     """Seconds from tick to tick of one pass over `ids`."""
     times = [time.perf_counter()]
-    session.engine._run({session: ids}, every=False, tick=lambda share: times.append(time.perf_counter()))
+    session.engine._run({session: array("i", ids)}, every=False, tick=lambda share: times.append(time.perf_counter()))
     times.append(time.perf_counter())
     return [after - before for before, after in pairwise(times)]
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import threading
 import time
+from array import array
 from pathlib import Path
 
 from runs import commit, machine_name
@@ -30,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     engine = Engine.load(options.model, backend="cpu")
     plan_bytes = engine.session(options.tokens).need.total_bytes
-    ids = [3 + place * 7919 % (engine.config.vocab_size - 3) for place in range(options.tokens)]
+    ids = array("i", (3 + place * 7919 % (engine.config.vocab_size - 3) for place in range(options.tokens)))
     peaks = [peak_of(engine, ids) for _ in range(options.runs)]
     found = {
         "machine": machine_name(),
@@ -46,7 +47,7 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def peak_of(engine: Engine, ids: list[int]) -> int:
+def peak_of(engine: Engine, ids: array[int]) -> int:
     """Of one read in a session of its own."""
     peak, ended = 0, threading.Event()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -539,7 +540,7 @@ def test_attention_in_parts_is_attention_at_once(
     for seen in (step._PART_FLOPS, flops):
         monkeypatch.setattr(step, "_PART_FLOPS", seen)
         shares: list[float] = []
-        assert torch.equal(engine._run({engine.session(150): ids}, every=True, tick=shares.append), whole)
+        assert torch.equal(engine._run({engine.session(150): array("i", ids)}, every=True, tick=shares.append), whole)
         assert shares == sorted(shares)
         calls.append(len(shares))
     assert calls[1] > 2 * calls[0]
@@ -554,7 +555,7 @@ def test_a_pass_can_be_stopped_within_a_layer(v4: Engine, monkeypatch: pytest.Mo
         session.feed(ids[:20])
         ticks = iter(range(most))
         with suppress(StopIteration):
-            v4._run({session: ids[20:50]}, every=False, tick=lambda share, ticks=ticks: next(ticks))  # type: ignore[misc]
+            v4._run({session: array("i", ids[20:50])}, every=False, tick=lambda share, ticks=ticks: next(ticks))  # type: ignore[misc]
         assert session.length in (20, 50)
         assert torch.equal(session.feed(ids[session.length :]), whole[-1])
 

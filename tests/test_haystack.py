@@ -31,7 +31,7 @@ def test_its_ids_are_those_of_its_text(num_tokens: int) -> None:
     found = build(DOCUMENT, num_tokens, planted(7), seed=3)
     text = TOKENIZER.decode(found.ids)
     begin = text.index("\n\n") + 2  # the first paragraph may be cut within a word
-    assert TOKENIZER.encode(text[begin:]) == found.ids[-len(TOKENIZER.encode(text[begin:])) :]
+    assert TOKENIZER.encode(text[begin:]) == found.ids[-len(TOKENIZER.encode(text[begin:])) :].tolist()
     assert text.endswith("\n\n")
 
 
@@ -45,7 +45,7 @@ def test_facts_stand_where_they_were_asked_for() -> None:
     found = build(DOCUMENT, 60_000, planted(8), seed=5)
     for asked, placed in zip(evenly(8), found.needles, strict=True):
         sentence = TOKENIZER.encode(placed.fact.sentence + "\n\n")
-        assert found.ids[placed.position : placed.position + len(sentence)] == sentence
+        assert found.ids[placed.position : placed.position + len(sentence)].tolist() == sentence
         assert TOKENIZER.decode(found.ids[: placed.position]).endswith("\n\n")
         assert placed.depth == placed.position / 60_000
         assert abs(placed.depth - asked) < 0.015  # half of the longest paragraph, 738 tokens, and the facts before

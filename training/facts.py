@@ -71,8 +71,11 @@ class Teacher:
         self.digits = {i for i, text in enumerate(spelled) if len(text) == 1 and text.isdigit()}
         (self.paragraph_end,) = self._encode(".\n\n")
 
-    def batch(self, step: int, count: int, length: int, *, facts: tuple[int, int], span: int = LONGEST) -> Lessons:
-        """`count` lessons of `length` tokens, each with a number of facts in `facts`; positions end before `span`."""
+    def batch(
+        self, step: int, count: int, length: int, *, facts: tuple[int, int], span: int = LONGEST, far: float = 0.0
+    ) -> Lessons:
+        """`count` lessons of `length` tokens, each with a number of facts in `facts`; positions end before `span`, and
+        those of a share `far` of the lessons beyond a quarter of it."""
         rng = np.random.default_rng([self.seed, step])
         numbers = [int(rng.integers(facts[0], facts[1] + 1)) for _ in range(count)]
         known = needle.facts(int(rng.integers(1 << 40)), sum(numbers))
@@ -80,7 +83,7 @@ class Teacher:
         for number in numbers:
             mine, known = known[:number], known[number:]
             lessons.append(self._lesson(rng, mine, length))
-        positions = np.stack([_positions(rng, lesson, length, span) for lesson in lessons])
+        positions = np.stack([_positions(rng, lesson, length, span, far) for lesson in lessons])
         base = np.arange(count) * length
 
         def flat(lists: list[list[int]]) -> Tensor:
@@ -146,14 +149,17 @@ class Teacher:
         return ids
 
 
-def _positions(rng: np.random.Generator, lesson: Lesson, length: int, span: int) -> Ids:
-    """Increasing positions below `span`: leaps of whole tiles, of all sizes alike by their logarithm."""
+def _positions(rng: np.random.Generator, lesson: Lesson, length: int, span: int, far: float) -> Ids:
+    """Increasing positions below `span`: leaps of whole tiles, of all sizes alike by their logarithm; in a share `far`
+    of the lessons a quarter of `span` at least."""
     steps = np.ones(length, dtype=np.int64)
     steps[0] = 0
     leaps = [tile for tile in lesson.may_leap if rng.random() < 0.7]
     reach = span // TILE - length // TILE
     if leaps and reach > 0 and rng.random() < 0.8:
         total = int(np.exp(rng.uniform(0.0, np.log(reach))))
+        if far and rng.random() < far:
+            total = int(rng.uniform(0.25, 1.0) * reach)
         shares = rng.dirichlet(np.full(len(leaps) + 1, 0.5))[: len(leaps)]
         steps[leaps] += TILE * (shares * total).astype(np.int64)
     found: Ids = np.cumsum(steps)

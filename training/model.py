@@ -26,6 +26,7 @@ from training.ops import TILE, TrainingOps, attend, head_loss, rope_tables, stor
 __all__ = [
     "Asked",
     "Batch",
+    "Crowd",
     "Noted",
     "StackBinder",
     "TrainingModel",
@@ -182,6 +183,22 @@ class Asked:
     told: Tensor
 
 
+@dataclass(slots=True)
+class Crowd:
+    """Entries of text from earlier batches, which hold nothing that is asked for: so many more that a query must tell
+    from the right one. Each counts `copies` times; of more than `most` the oldest go."""
+
+    most: int
+    copies: float
+    rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    keys: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, rows: Tensor, keys: Tensor) -> None:
+        """rows [n, head_dim] and index keys [n, dim]."""
+        self.rows = torch.cat([self.rows.view(-1, rows.shape[1]), rows.detach()])[-self.most :]
+        self.keys = torch.cat([self.keys.view(-1, keys.shape[1]), keys.detach()])[-self.most :]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch(Step):
     """A step of `sequences` texts of equal length; `dense` attends to all entries and teaches the indexer."""
@@ -189,20 +206,37 @@ class Batch(Step):
     sequences: int = 1
     dense: bool = True
     asked: Asked | None = None
+    crowd: Crowd | None = None
+    seen: dict[str, Tensor] = field(default_factory=dict)  # rows and keys of the layer that looks up
     index_losses: list[Tensor] = field(default_factory=list)
     recall_losses: dict[str, Tensor] = field(default_factory=dict)
     loads: dict[str, Tensor] = field(default_factory=dict)
     tables: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, ids: Tensor, dense: bool, positions: Tensor | None = None, asked: Asked | None = None) -> Batch:
+    def of(
+        cls,
+        ids: Tensor,
+        dense: bool,
+        positions: Tensor | None = None,
+        asked: Asked | None = None,
+        crowd: Crowd | None = None,
+    ) -> Batch:
         """From token ids [sequences, length]; positions of the same shape rise, by ones within a tile."""
         sequences, length = ids.shape
         if positions is None:
             positions = torch.arange(length).repeat(sequences, 1)
         wanted = torch.arange(ids.numel())
         return cls(
-            ids.flatten(), positions.flatten(), (), wanted, ids.numel(), sequences=sequences, dense=dense, asked=asked
+            ids.flatten(),
+            positions.flatten(),
+            (),
+            wanted,
+            ids.numel(),
+            sequences=sequences,
+            dense=dense,
+            asked=asked,
+            crowd=crowd,
         )
 
     @property
@@ -363,8 +397,13 @@ class TrainingAttention(Attention):
             step.index_losses.append(index_loss(*index, shares))
         if recall:
             mine, every = _of_asked(step, q[:, :, : self.owner.recall_heads] * scale, entries)
-            step.recall_losses["attention"] = recall_loss(step, torch.einsum("nhd,ed->nhe", mine, every))
-            step.recall_losses["indexer"] = recall_loss(step, scores_of_asked(step, *index)[:, None])
+            step.seen.update(rows=every, keys=index[2].flatten(0, 1))
+            others = strange = None
+            if step.crowd is not None and len(step.crowd.keys):
+                others = torch.einsum("nhd,ed->nhe", mine, step.crowd.rows)
+                strange = scores_of_asked(step, *index[:2], step.crowd.keys)[:, None]
+            step.recall_losses["attention"] = recall_loss(step, torch.einsum("nhd,ed->nhe", mine, every), others)
+            step.recall_losses["indexer"] = recall_loss(step, scores_of_asked(step, *index)[:, None], strange)
         return out
 
     def look_up(self, x: Tensor, step: Batch) -> Tensor:
@@ -443,16 +482,17 @@ def _of_asked(step: Batch, q: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scores_of_asked(step: Batch, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """Index scores [n, entries of all sequences]."""
-    mine, every = _of_asked(step, q, keys)
+    """Index scores [n, entries] of keys [..., entries, dim], of all sequences or a crowd."""
+    mine, every = _of_asked(step, q, keys.view(-1, 1, keys.shape[-1]))
     raw = (mine @ every.t()).relu()
     return (weights.flatten(0, 1)[step.asked.tokens][:, :, None] * raw).sum(1)  # type: ignore[union-attr]
 
 
-def recall_loss(step: Batch, scores: Tensor) -> Tensor:
+def recall_loss(step: Batch, scores: Tensor, others: Tensor | None = None) -> Tensor:
     """Minus the logarithm of the share that goes to the entries which hold what is asked for.
 
-    scores [n, heads, entries of all sequences]: the other sequences' are so many more that are none.
+    scores [n, heads, entries of all sequences]: the other sequences' are so many more that are none; `others` those of
+    the crowd.
     """
     asked = step.asked
     assert asked is not None
@@ -463,7 +503,10 @@ def recall_loss(step: Batch, scores: Tensor) -> Tensor:
     behind = torch.arange(scores.shape[2]) - (asked.told // ratio)[:, None]
     holds = own & (behind >= 0) & (behind <= (1 if ratio == 4 else 0)) & ~late
     right = scores.masked_fill(~holds[:, None], -torch.inf)
-    return (scores.logsumexp(2) - right.logsumexp(2)).mean()
+    every = scores.logsumexp(2)
+    if others is not None and step.crowd is not None:
+        every = torch.logaddexp(every, others.logsumexp(2) + math.log(step.crowd.copies))
+    return (every - right.logsumexp(2)).mean()
 
 
 def _own_and_late(step: Batch, entries: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from tenfold.config import DeepseekV4Config, ModelConfig
 from training.data import WORK
 from training.facts import DIGITS, Lessons, Teacher
 from training.grow import grown
-from training.model import Asked, Batch, TrainingModel, initial, stack_name
+from training.model import Asked, Batch, Crowd, TrainingModel, initial, stack_name
 from training.model_v32 import TrainingModelV32, training_model
 from training.models import CONFIGS
 from training.ops import TrainingOps
@@ -36,6 +36,7 @@ __all__ = ["Plan", "Pupil", "Stage", "token_weights"]
 
 CHECKPOINT_EVERY_S = 60.0
 LOG_EVERY_STEPS = 10
+CROWD_COPIES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Stage:
     looking_up: bool = False  # only the layers up to the one that looks up, and the tokens that ask
     selects: bool = False  # attends to what the indexer chooses, but for every fourth step
     quantised: bool = False  # weights and rows as they will be stored
+    far: float = 0.0  # share of lessons that reach far into a million positions
+    crowd: int = 0  # entries of earlier text that a look-up must tell from the right one, each counted four times
 
 
 STAGES = (
@@ -59,6 +62,7 @@ STAGES = (
     Stage(1_150_000, 1024, 1, (10, 28), (0.4, 0.02), selects=True, quantised=True),
     Stage(1_750_000, 1024, 1, (10, 28), (0.3, 0.01), selects=True, quantised=True),
     Stage(2_200_000, 1024, 2, (14, 28), (0.3, 0.01), selects=True, quantised=True),  # more to mix up
+    Stage(2_700_000, 1024, 2, (14, 28), (0.4, 0.01), selects=True, quantised=True, far=0.5, crowd=65_536),
 )
 
 # V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit, and what they need for
@@ -146,6 +150,7 @@ class Pupil:
         self.leaves = dict(self.masters)
         self.ops = TrainingOps(torch.float32, compiled=False)
         self.progress = Progress()
+        self.crowd: Crowd | None = None  # not kept: a run that goes on gathers another
 
     def _rate(self, name: str) -> float:
         if ".experts." in name:
@@ -156,7 +161,9 @@ class Pupil:
         """One step of learning."""
         at = self.progress
         stage, rate = self.plan.at(at.tokens)
-        lessons = self.teacher.batch(at.step, stage.count, stage.length, facts=stage.facts)
+        lessons = self.teacher.batch(at.step, stage.count, stage.length, facts=stage.facts, far=stage.far)
+        if stage.crowd and self.crowd is None:
+            self.crowd = Crowd(stage.crowd, CROWD_COPIES)
         if stage.looking_up:
             found = self._look_up(lessons, stage.quantised)
         else:
@@ -190,7 +197,8 @@ class Pupil:
 
     def _learn(self, lessons: Lessons, dense: bool, quantised: bool) -> dict[str, float]:
         plan = self.plan
-        batch = Batch.of(lessons.ids[:, :-1], dense, lessons.positions, Asked(lessons.asked, lessons.told))
+        asked = Asked(lessons.asked, lessons.told)
+        batch = Batch.of(lessons.ids[:, :-1], dense, lessons.positions, asked, self.crowd)
         targets = lessons.ids[:, 1:].flatten()
         loss, each = self.model(quantised).loss(batch, targets, token_weights(lessons, plan))
         recall = batch.recall_losses
@@ -198,6 +206,9 @@ class Pupil:
         if batch.index_losses:
             total = total + 0.1 * sum(batch.index_losses)
         total.backward()
+        if self.crowd is not None:
+            text = _entries_of_text(lessons.is_text, len(batch.seen["keys"]))
+            self.crowd.add(batch.seen["rows"][text], batch.seen["keys"][text])
         for name, load in batch.loads.items():  # noaux_tc: up where an expert got less than its share
             self.fixed[name] += BALANCE_RATE * torch.sign(load.mean() - load)
         found = _found(each[lessons.asked], recall) | {"text": float(each[lessons.is_text.flatten()].mean())}
@@ -219,6 +230,14 @@ class Pupil:
                 value.copy_(state["weights"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])  # type: ignore[arg-type]
+
+
+def _entries_of_text(is_text: Tensor, entries: int) -> Tensor:
+    """Bool [entries of all sequences]: neither the entry's tokens nor those before, which it pools too, are of a fact
+    or a question. `is_text` [n, length] speaks of the tokens behind each."""
+    ratio = is_text.numel() // entries
+    groups = is_text.roll(1, 1).view(is_text.shape[0], -1, ratio).all(2)
+    return (groups & groups.roll(1, 1)).flatten()
 
 
 def _found(each: Tensor, recall: dict[str, Tensor]) -> dict[str, float]:

@@ -108,7 +108,7 @@ void write_rows(const uint64_t* ranks, int64_t count, int64_t k, int32_t* out) {
 #ifdef __AVX2__
 
 // Columns become rows: v[i] lane j <-> v[j] lane i.
-void transpose(__m256* v) {
+inline __attribute__((always_inline)) void transpose(__m256* v) {
     __m256 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
         a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
@@ -228,6 +228,26 @@ bool to_bytes(const float* x, uint8_t* bytes, float* scale) {
 
 #ifdef __AVX2__
 
+// Two blocks' scales of eight keys, `e8m0_value` of the bytes at `offset`.
+void spread_scales(const uint8_t* const* rows, int64_t offset, int64_t half, float* scales) {
+    int32_t codes[8];
+    for (int i = 0; i < 8; ++i) {
+        uint16_t both;
+        __builtin_memcpy(&both, rows[i] + offset, 2);
+        codes[i] = both;
+    }
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    for (int block = 0; block < 2; ++block) {
+        const __m256i code = block == 0 ? _mm256_and_si256(both, _mm256_set1_epi32(255)) : _mm256_srli_epi32(both, 8);
+        __m256i bits = _mm256_slli_epi32(code, 23);
+        const __m256i none = _mm256_cmpeq_epi32(code, _mm256_setzero_si256());
+        bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x00400000), none);
+        const __m256i nan = _mm256_cmpeq_epi32(code, _mm256_set1_epi32(255));
+        bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), nan);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(scales + block * byte_keys + half * 8), bits);
+    }
+}
+
 // Eight keys of half a tile; those that do not exist are rows of zeros.
 void spread_bytes(const uint8_t* const* rows, const RowLayout& layout, int64_t half, const ByteKeys& to) {
     const __m256i doubled = _mm256_broadcastsi128_si256(
@@ -251,9 +271,15 @@ void spread_bytes(const uint8_t* const* rows, const RowLayout& layout, int64_t h
             _mm256_store_si256(reinterpret_cast<__m256i*>(correction), sum);
         }
     }
-    for (int64_t b = 0; b < layout.coded / 32; ++b) {
-        for (int i = 0; i < 8; ++i) to.scales[b * byte_keys + half * 8 + i] = stored_scale(rows[i], layout, b);
+    for (int64_t b = 0; b < layout.coded / 32; b += 2) {
+        spread_scales(rows, layout.scale_offset + b, half, to.scales + b * byte_keys);
     }
+}
+
+// Loaded once: the compiler would read a key again for every head, and loads, not products, would set the pace.
+inline __m256i in_register(__m256i x) {
+    __asm__("" : "+x"(x));
+    return x;
 }
 
 // sums[h] += head h . key over a block of 32 channels, for `Tiles` tiles of 16 keys, from the block's first channel in
@@ -273,6 +299,9 @@ __attribute__((noinline)) void add_block(const ByteKeys& keys, int64_t block, co
     }
 #pragma GCC unroll 1
     for (int i = 0; i < 8; ++i) {
+        __m256i key[2 * Tiles];
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * Tiles; ++v) key[v] = in_register(words[v / 2 * next_words + 2 * i + v % 2]);
 #pragma GCC unroll 4
         for (int h = 0; h < Heads; ++h) {
             int32_t word;
@@ -280,8 +309,7 @@ __attribute__((noinline)) void add_block(const ByteKeys& keys, int64_t block, co
             const __m256i four = _mm256_set1_epi32(word);
 #pragma GCC unroll 4
             for (int v = 0; v < 2 * Tiles; ++v) {
-                const __m256i products = _mm256_maddubs_epi16(four, words[v / 2 * next_words + 2 * i + v % 2]);
-                dots[h][v] = _mm256_add_epi16(dots[h][v], products);
+                dots[h][v] = in_register(_mm256_add_epi16(dots[h][v], _mm256_maddubs_epi16(four, key[v])));
             }
         }
     }
@@ -337,7 +365,8 @@ void score_two_tiles(const ByteQuery& query, const float* weights, int64_t heads
 }
 
 bool has_byte_keys(const RowLayout& layout) {
-    return layout.code_bits == 4 && layout.block == 32 && layout.coded % 64 == 0 && layout.plain == 0;
+    return layout.code_bits == 4 && layout.block == 32 && layout.coded % 64 == 0 && layout.plain == 0 &&
+           layout.scale_bytes == 1;
 }
 
 #else

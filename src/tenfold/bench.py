@@ -11,6 +11,7 @@ import resource
 import statistics
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def walk(
     with tempfile.TemporaryDirectory() as folder:
         if keeper is not None:
             keeper.store = Store(Path(folder))
-        ids = ids or torch.randint(0, engine.config.vocab_size, (lengths[-1],)).tolist()
+        ids = array("i", ids or torch.randint(0, engine.config.vocab_size, (lengths[-1],)).tolist())
         session = engine.session(min(lengths[-1] + _DECODE_STEPS, engine.config.max_position_embeddings))
         plan_bytes = _rss_bytes() + session.need.total_bytes - session.need.base_bytes
         clock = ReadingClock(lengths[-1])

@@ -21,8 +21,8 @@ _EXPERT_ROWS = 24
 _UNHURRIED_CHUNK_TOKENS = 4096
 _TOKENS_PER_S_FLOPS = 240e9
 _PATIENCE_S = 0.9
-_ID_BYTES = 4 + 2 * 8 + 32
-"""A token id as the session keeps it, and on its way in: in two lists of references, to a number of Python."""
+_ID_BYTES = 3 * 4
+"""A token id as the session keeps it, as the caller holds it, and of what is left to read."""
 _MOST_KERNEL_SCRATCH_BYTES = 64 << 20
 _SLACK_BYTES = 40 << 20
 """What the allocator keeps of freed memory, as measured: 32 MB after 64 K tokens, no more after twenty reads."""
@@ -165,9 +165,8 @@ def _tile_tokens(config: ModelConfig) -> int:
 
 
 def _residual_bytes(config: ModelConfig, tokens: int) -> int:
-    """The residual streams, float32: all that is kept of a chunk from one layer to the next. V4's begin as copies of
-    the embeddings, which are there beside them at first."""
-    streams = config.hc_mult + 1 if isinstance(config, DeepseekV4Config) else 1
+    """The residual streams, float32: all that is kept of a chunk from one layer to the next."""
+    streams = config.hc_mult if isinstance(config, DeepseekV4Config) else 1
     return 4 * streams * config.hidden_size * tokens
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tenfold import chat
 from tenfold.chat import Event, Parser, Profile
-from tenfold.engine import Engine, Progress, Session, common_prefix
+from tenfold.engine import Engine, Progress, Session
 from tenfold.errors import CheckpointError, InputError
 from tenfold.sampler import Sampled, SamplingParams
 from tenfold.stops import StopStrings
@@ -73,7 +73,7 @@ def read(
     `begin` is told how many tokens these are before the first of the others is read.
     """
     match = session.resume(ids)
-    shared = common_prefix(session.tokens, ids)
+    shared = session.shared(ids)
     stored = shared if match is not None and match.position == shared == session.length else 0
     session.rewind(shared)
     if begin is not None:

@@ -25,7 +25,7 @@ from tenfold.counting import CountingOps, counting
 from tenfold.decoding import Decoder, Place, can_decode
 from tenfold.errors import ContextTooLong, InputError, UsageError
 from tenfold.keeping import Keeper, Kept, timeline_of
-from tenfold.machine import Machine, anonymous_bytes, parse_bytes, this_machine
+from tenfold.machine import Machine, anonymous_bytes, parse_bytes, shrink_heap, this_machine, tidy_heap
 from tenfold.models import Binder, Model, build
 from tenfold.placement import Placement, place
 from tenfold.planner import Work
@@ -50,6 +50,9 @@ _LEAST_RESERVE_BYTES = 1 << 30
 
 _GPU_SWIFTNESS = 500
 """Times as much as two cores a GPU does in a third of a second."""
+
+_HEAVY_TOKENS = 1024
+"""A pass of so many takes long enough for the heap to be put in order behind it."""
 
 _PLACED_CONTEXT = 131072
 """Tokens that a GPU has room for beside the weights it holds, before copies of experts get the rest."""
@@ -119,6 +122,7 @@ class Engine:
         Raises ConfigError, CheckpointError, BackendMissing, StoreError or UsageError.
         """
         exact = checked_numerics(numerics) == "exact"
+        tidy_heap()
         name, operations = ops.select(backend, exact=exact)
         device = ops.device_of(operations)
         machine = this_machine()
@@ -205,7 +209,7 @@ class Engine:
         return {session: session.last_logits for session in batch}
 
     def _run(
-        self, batch: Mapping[Session, list[int]], every: bool, tick: Callable[[float], None] | None = None
+        self, batch: Mapping[Session, array[int]], every: bool, tick: Callable[[float], None] | None = None
     ) -> Tensor:
         """One forward pass; a session whose pass is cut short is put right before its next use."""
         for session in batch:
@@ -220,7 +224,7 @@ class Engine:
         last = torch.tensor([span.stop - 1 for span in spans])
         device = self.device
         step = Step(
-            ids=torch.tensor([token for ids in batch.values() for token in ids], device=device),
+            ids=torch.cat([torch.frombuffer(ids, dtype=torch.int32) for ids in batch.values()]).long().to(device),
             positions=torch.cat([torch.arange(s.position, s.position + s.num_tokens, device=device) for s in spans]),
             spans=tuple(spans),
             wanted=torch.arange(start, device=device) if every else last.to(device),
@@ -234,12 +238,14 @@ class Engine:
             self._counter.restart()
         with torch.no_grad():
             logits = self.model.forward(step).cpu()
+        if start >= _HEAVY_TOKENS:
+            shrink_heap()
         for row, (session, ids) in enumerate(batch.items()):
             session.advance(ids, logits[last[row] if every else row])
         return logits
 
     def _write(
-        self, batch: Mapping[Session, list[int]], decoder: Decoder, tick: Callable[[float], None] | None
+        self, batch: Mapping[Session, array[int]], decoder: Decoder, tick: Callable[[float], None] | None
     ) -> Tensor:
         """A pass of one token each."""
         places = [Place(session.streams, ids[0], session.length) for session, ids in batch.items()]
@@ -352,7 +358,7 @@ class Session:
 
     def _shared(self, tokens: Sequence[int]) -> int:
         """How far a rewind could keep this timeline: to the last restore point within the prefix it shares."""
-        shared = common_prefix(self._tokens, tokens)
+        shared = self.shared(tokens)
         if shared == self.length and not self.in_flight:
             return shared
         return max((p.streams.length for p in self._points if p.streams.length <= shared), default=0)
@@ -412,7 +418,7 @@ class Session:
 
         The end-of-sequence token is neither yielded nor read. Stop strings are the caller's: they need text.
         """
-        sampler = Sampler(params, prompt=self.tokens)
+        sampler = Sampler(params, prompt=self._tokens)
         try:
             for _ in range(min(params.max_tokens, self.context - self.length)):
                 sampled = sampler.sample(self.last_logits)
@@ -436,7 +442,7 @@ class Session:
             self._restore_nearest()
             missing = tokens[self.length :]
             for start in range(0, len(missing), self.need.chunk_tokens):
-                self.engine._run({self: missing[start : start + self.need.chunk_tokens].tolist()}, every=False)
+                self.engine._run({self: missing[start : start + self.need.chunk_tokens]}, every=False)
         except BaseException:
             # Cut short as well: the tokens are what was asked for, and the next use reads what the streams lack.
             self._tokens, self.in_flight = tokens, True
@@ -461,22 +467,28 @@ class Session:
         self._logits, self.in_flight = state.logits, False
         self._points = [] if state.logits is None else [_Point(state.point, state.logits)]
 
-    def accept(self, ids: Sequence[int], allow_empty: bool = False) -> list[int]:
-        """The ids as a list, if each is a token of the model and all fit the context."""
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many tokens the timeline and `ids` both begin with."""
+        return common_prefix(self._tokens, ids)
+
+    def accept(self, ids: Sequence[int], allow_empty: bool = False) -> array[int]:
+        """The ids as int32, if each is a token of the model and all fit the context."""
         tokens = self._valid(ids)
         if not tokens and not allow_empty:
             raise InputError("no tokens to read; give at least one")
         self.check_fits(self.length + len(tokens))
         return tokens
 
-    def _valid(self, ids: Sequence[int]) -> list[int]:
+    def _valid(self, ids: Sequence[int]) -> array[int]:
+        vocab = self.engine.config.vocab_size
         try:
-            tokens = [index(token) for token in ids]
+            tokens = ids if isinstance(ids, array) and ids.typecode == "i" else array("i", map(index, ids))
         except TypeError:
             raise InputError(f"token ids are {str(ids)[:80]!r}, expected integers; a tokenizer makes them") from None
-        vocab = self.engine.config.vocab_size
-        wrong = next((token for token in tokens if not 0 <= token < vocab), None)
-        if wrong is not None:
+        except OverflowError:
+            tokens = None
+        if tokens is None or (tokens and not 0 <= min(tokens) <= max(tokens) < vocab):
+            wrong = next(token for token in ids if not 0 <= token < vocab)
             raise InputError(f"token id {wrong} is outside the vocabulary, expected 0 to {vocab - 1}")
         return tokens
 
@@ -498,7 +510,7 @@ class Session:
         if self.in_flight:
             self.rewind(self.length)
 
-    def advance(self, ids: list[int], logits: Tensor) -> None:
+    def advance(self, ids: array[int], logits: Tensor) -> None:
         """Takes the tokens of a finished pass into the timeline."""
         self._tokens.extend(ids)
         self._logits = logits.clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Needle:
 class Haystack:
     """Ids of the whole text, which ends with a blank line, and what is hidden in it, in the order it was asked for."""
 
-    ids: list[int]
+    ids: array[int]
     needles: tuple[Needle, ...]
 
 
@@ -97,13 +98,13 @@ def build(straw: Straw, num_tokens: int, plant: Sequence[tuple[Fact, float]], se
     at_end: list[list[int]] = [[] for _ in ends]  # numbers of the facts planted at each end of a paragraph
     for number, (_, depth) in sorted(enumerate(plant), key=lambda item: item[1][1]):
         at_end[_nearest(ends, depth * ends[-1])].append(number)
-    ids: list[int] = []
+    ids = array("i")
     positions = [0] * len(plant)
     for piece, numbers in zip(chain([[]], pieces), at_end, strict=True):
-        ids += piece
+        ids.extend(piece)
         for number in numbers:
             positions[number] = len(ids)
-            ids += sentences[number]
+            ids.extend(sentences[number])
     needles = (
         Needle(fact, position, position / num_tokens) for (fact, _), position in zip(plant, positions, strict=True)
     )

@@ -6,6 +6,7 @@ Knows sessions, prompts and needles; nothing of grids, tables and files.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,9 +86,9 @@ class SessionReader:
             raise ContextTooLong(f"{length:,} tokens do not fit the context of {self.name}, {most:,}; ask for less")
         return min(length, most - self._room_to_answer(facts)) - len(self._head)
 
-    def prompt(self, haystack: Haystack) -> list[int]:
+    def prompt(self, haystack: Haystack) -> array[int]:
         """What is read before any question: the prompt's beginning and the whole text."""
-        return [*self._head, *haystack.ids]
+        return array("i", self._head) + haystack.ids
 
     def ask(self, haystack: Haystack, clock: ReadingClock) -> Answers:
         """Reads it, or takes from the store what that has of it, and answers what every needle asks."""

@@ -6,6 +6,7 @@ What `tenfold run` and `tenfold chat` share. Knows nothing of their options.
 from __future__ import annotations
 
 import time
+from array import array
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,10 @@ class Talk:
         self.session.check_fits(num_prompt_tokens)
         return self.session.need
 
-    def render(self, messages: list[dict[str, Any]], *, thinking: bool | None, effort: str | None) -> list[int]:
-        return render_ids(messages, self.profile, self.tokenizer, thinking=thinking, effort=effort)
+    def render(self, messages: list[dict[str, Any]], *, thinking: bool | None, effort: str | None) -> array[int]:
+        return array("i", render_ids(messages, self.profile, self.tokenizer, thinking=thinking, effort=effort))
 
-    def read(self, ids: list[int]) -> ReadingClock:
+    def read(self, ids: array[int]) -> ReadingClock:
         """Brings the session to `ids`, with a progress bar."""
         self.session.check_fits(len(ids))
         with terminal.reading(len(ids)) as clock:

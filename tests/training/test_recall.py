@@ -13,11 +13,11 @@ from training.bpe import END_ID, TOKENIZER_DIR, encode
 from training.data import DOCUMENT
 from training.export import export
 from training.facts import DIGITS, LONGEST, Lessons, Teacher
-from training.model import Asked, Batch, TrainingModel, initial, stack_name, tiny_config
+from training.model import Asked, Batch, Crowd, TrainingModel, initial, recall_loss, stack_name, tiny_config
 from training.model_v32 import TrainingModelV32
 from training.models import CONFIGS
 from training.ops import TILE, TrainingOps, attend
-from training.recall import Plan, Pupil, Stage, token_weights
+from training.recall import Plan, Pupil, Stage, _entries_of_text, token_weights
 
 from tenfold import config as configuration
 from tenfold.config import DeepseekV32Config
@@ -72,6 +72,45 @@ def test_positions_leap_by_whole_tiles_and_never_within_a_fact(work: Path) -> No
             assert found.positions[0, asked] - found.positions[0, asked - 16] == 16
         furthest = max(furthest, int(found.positions.max()))
     assert LONGEST // 16 < furthest < LONGEST
+
+
+def test_far_lessons_reach_beyond_a_quarter_of_all_positions(work: Path) -> None:
+    teacher = Teacher(work, 2)
+
+    def ends(far: float) -> list[int]:
+        return [int(teacher.batch(n, 1, 4 * TILE, facts=(2, 4), far=far).positions.max()) for n in range(24)]
+
+    near, far = (sum(end > LONGEST // 8 for end in ends(share)) for share in (0.0, 1.0))
+    assert far > 2 * near
+
+
+def test_a_crowd_is_so_many_more_to_tell_from_the_right_one(lessons: Lessons) -> None:
+    asked = Asked(lessons.asked, lessons.told)
+    scores = torch.randn(len(lessons.asked), 2, 2 * TILE)  # two lessons, an entry for four tokens
+    others = torch.randn(len(lessons.asked), 2, 5)
+    crowd = Crowd(5, 3.0)
+    alone = Batch.of(lessons.ids[:, :-1], True, lessons.positions, asked)
+    crowded = Batch.of(lessons.ids[:, :-1], True, lessons.positions, asked, crowd)
+    threefold = torch.cat([scores, others.repeat(1, 1, 3)], 2)
+    places = torch.arange(2 * TILE) - (lessons.told // 4)[:, None]
+    right = scores.masked_fill(~((places >= 0) & (places <= 1))[:, None], -torch.inf).logsumexp(2)
+    assert recall_loss(alone, scores) < recall_loss(crowded, scores, others)
+    own = torch.arange(2 * TILE) // TILE == (lessons.asked // (4 * TILE))[:, None]
+    late = own & (torch.arange(2 * TILE) % TILE >= ((lessons.asked % (4 * TILE) + 1) // 4)[:, None])
+    visible = threefold.masked_fill(torch.nn.functional.pad(late, (0, 15))[:, None], -torch.inf)
+    torch.testing.assert_close(recall_loss(crowded, scores, others), (visible.logsumexp(2) - right).mean())
+
+
+def test_only_entries_of_text_join_the_crowd(lessons: Lessons) -> None:
+    text = _entries_of_text(lessons.is_text, 2 * TILE)
+    assert text.any()
+    assert not text[lessons.told // 4].any()
+    assert not text[lessons.asked // 4].any()
+    crowd = Crowd(3, 1.0)
+    for number in range(2):
+        crowd.add(torch.full((2, 8), float(number)), torch.full((2, 4), float(number)))
+    assert crowd.rows[:, 0].tolist() == [0, 1, 1]  # the oldest went
+    assert crowd.keys.shape == (3, 4)
 
 
 def test_the_weights_of_a_lesson_are_shared_out(lessons: Lessons) -> None:
@@ -167,7 +206,7 @@ def test_a_pupil_learns_and_goes_on_where_it_stopped(work: Path, tmp_path: Path)
     config = tiny_config(**SMALL)
     tokens = 2 * TILE
     looking = Stage(6 * tokens, tokens, 1, (2, 3), (1.0, 1.0), looking_up=True)
-    whole = Stage(9 * tokens, tokens, 1, (2, 3), (1.0, 0.1), selects=True, quantised=True)
+    whole = Stage(9 * tokens, tokens, 1, (2, 3), (1.0, 0.1), selects=True, quantised=True, crowd=64)
     plan = Plan(stages=(looking, whole), warmup_steps=1, attention_rate=4e-3, other_rate=4e-3)
 
     def pupil() -> Pupil:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -87,7 +88,7 @@ def show(models: Sequence[str], beside: Sequence[str], task: Task) -> dict[str, 
     """
     columns: list[Column] = []
     needles: tuple[Needle, ...] = ()
-    ids: list[int] = []
+    ids = array("i")
     for name in models:
         column, needles, ids = _read(name, task)
         columns.append(column)
@@ -106,7 +107,7 @@ def show(models: Sequence[str], beside: Sequence[str], task: Task) -> dict[str, 
     }
 
 
-def _read(name: str, task: Task) -> tuple[Column, tuple[Needle, ...], list[int]]:
+def _read(name: str, task: Task) -> tuple[Column, tuple[Needle, ...], array[int]]:
     """Its figures, what was hidden where, and the ids that it read."""
     with _own_peak() as peak:
         reader = retrieval.open_reader(name, memory=task.memory, threads=task.threads, store=task.store)
@@ -165,7 +166,7 @@ def _feed_behind(session: Session, length: int, ids: Sequence[int]) -> float:
         pretend(session, length)
     vocab = session.engine.config.vocab_size
     began = time.perf_counter()
-    session.feed([token % vocab for token in ids])
+    session.feed(array("i", (token % vocab for token in ids)))
     return time.perf_counter() - began
 
 

@@ -35,8 +35,7 @@ class DeepseekV4:
     def forward(self, step: Step) -> Tensor:
         """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
         c, ops = self.config, self.ops
-        h = ops.embed(step.ids, self.embed)[:, None, :].repeat(1, c.hc_mult, 1)  # [n, hc_mult, hidden]
-        h = through_layers(self.blocks, h, step)
+        h = through_layers(self.blocks, self._streams(step), step)
         x = ops.hc_collapse(
             h[step.wanted],
             self.hc_head_fn,
@@ -47,6 +46,18 @@ class DeepseekV4:
             eps=c.hc_eps,
         )
         return ops.linear(x, self.head)
+
+    def _streams(self, step: Step) -> Tensor:
+        """The residual streams [n, hc_mult, hidden], copies of the embeddings at first; made tile by tile, so that
+        the embeddings of a chunk need no room beside them."""
+        copies = self.config.hc_mult
+        tiles = step.tiles()
+        if len(tiles) == 1:
+            return self.ops.embed(step.ids, self.embed)[:, None, :].repeat(1, copies, 1)
+        h = torch.empty(step.ids.shape[0], copies, self.config.hidden_size, device=step.ids.device)
+        for rows, tile in tiles:
+            h[rows] = self.ops.embed(tile.ids, self.embed)[:, None, :]
+        return h
 
 
 class Block:

@@ -68,7 +68,7 @@ class Task:
             raise UsageError(f"the sampling parameters cannot be used: {exc}") from None
         params.check_vocabulary(engine.config.vocab_size)
         _check_prompt(job.prompt, engine)
-        return cls(Job(job.id, job.client, job.cache, (), {}, job.constraint), array("I", job.prompt), params, engine)
+        return cls(Job(job.id, job.client, job.cache, (), {}, job.constraint), array("i", job.prompt), params, engine)
 
     @property
     def id(self) -> str:
