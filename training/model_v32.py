@@ -21,6 +21,7 @@ from training.ops import TrainingOps, head_loss, stored_rows
 __all__ = ["TrainingModelV32", "training_model"]
 
 EPS = 1e-6
+LOOKING_BACK = 2  # heads of the first layer
 
 
 class TrainingModelV32:
@@ -125,6 +126,8 @@ class TrainingAttentionV32(Attention):
         shares = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
         if step.dense:
             step.index_losses.append(index_loss(*index, shares.detach().sum(1)))
+        if step.asked is not None and self.layer.index == 0:
+            step.recall_losses["before"] = _loss_before(shares[:, :LOOKING_BACK], step)
         if step.asked is not None and self.layer.index == self.owner.recall_layer:
             mine = q[:, :, : self.owner.recall_heads].flatten(0, 1)[step.asked.tokens]
             every = torch.einsum("nhc,tc->nht", mine, rows.flatten(0, 1))
@@ -153,6 +156,22 @@ class TrainingAttentionV32(Attention):
         cos, sin = step.rope(self.layer.rope)
         first, second, plain = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos, plain], -1)
+
+
+def _loss_before(shares: Tensor, step: Batch) -> Tensor:
+    """Minus the logarithm of the share that head i of shares [B, heads, S, S] gives to the token i + 1 before.
+
+    So the third layer's keys tell what stands before a token, which is all that tells one digit of a number from
+    another; alone the network does not come upon it.
+    """
+    positions = step.positions.view(step.sequences, -1)
+    losses = []
+    for head in range(shares.shape[1]):
+        back = head + 1
+        follows = positions[:, back:] - positions[:, :-back] == back  # no leap between
+        share = shares[:, head].diagonal(-back, 1, 2)[follows]
+        losses.append(-share.clamp(min=1e-6).log().mean())
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()

@@ -68,10 +68,10 @@ STAGES = (
 # V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit, and what they need for
 # that is there after the first stage. So all layers learn from the beginning.
 STAGES_V32 = (
-    Stage(2_300_000, 256, 4, (5, 7), (1.0, 0.8)),
-    Stage(2_600_000, 512, 2, (7, 14), (0.8, 0.7)),
-    Stage(2_800_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
-    Stage(3_100_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
+    Stage(4_300_000, 256, 4, (5, 7), (1.0, 0.8)),
+    Stage(4_600_000, 512, 2, (7, 14), (0.8, 0.7)),
+    Stage(4_800_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
+    Stage(5_100_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
 )
 
 
@@ -90,6 +90,7 @@ class Plan:
     form_weight: float = 0.1
     recall_weight: float = 1.0
     index_weight: float = 0.3
+    before_weight: float = 0.3
     dense_every: int = 4
 
     @property
@@ -203,6 +204,8 @@ class Pupil:
         loss, each = self.model(quantised).loss(batch, targets, token_weights(lessons, plan))
         recall = batch.recall_losses
         total = loss + plan.recall_weight * recall["attention"] + plan.index_weight * recall["indexer"]
+        if "before" in recall:
+            total = total + plan.before_weight * recall["before"]
         if batch.index_losses:
             total = total + 0.1 * sum(batch.index_losses)
         total.backward()

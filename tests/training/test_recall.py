@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from training.data import DOCUMENT
 from training.export import export
 from training.facts import DIGITS, LONGEST, Lessons, Teacher
 from training.model import Asked, Batch, Crowd, TrainingModel, initial, recall_loss, stack_name, tiny_config
-from training.model_v32 import TrainingModelV32
+from training.model_v32 import TrainingModelV32, _loss_before
 from training.models import CONFIGS
 from training.ops import TILE, TrainingOps, attend
 from training.recall import Plan, Pupil, Stage, _entries_of_text, token_weights
@@ -189,6 +190,16 @@ def test_v32_is_trained_as_the_engine_computes_it() -> None:
         wanted = build(config, Binder(take, reference, resident=True, exact=True)).forward(step)
         found = TrainingModelV32(config, weights, PLAIN, quantised=False).logits(ids)
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_looking_back_skips_leaps() -> None:
+    positions = torch.tensor([[0, 1, 2, 10, 11]])
+    step = Batch.of(torch.zeros(1, 5, dtype=torch.int64), True, positions)
+    shares = torch.full((1, 2, 5, 5), 1e-3)
+    for query, key in ((1, 0), (2, 1), (4, 3)):
+        shares[0, 0, query, key] = 0.5
+    shares[0, 1, 2, 0] = 0.25  # the only token with another two before it
+    assert float(_loss_before(shares, step)) == pytest.approx((math.log(2) + math.log(4)) / 2)
 
 
 LARGER = {
