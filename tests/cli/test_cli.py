@@ -247,7 +247,7 @@ def test_no_tokenizer_is_said(model: Path, tmp_path: Path) -> None:
 def test_ctrl_c_ends_cleanly_with_130(model: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
     long.write_text("words and words " * 200, encoding="utf-8")
-    command = [sys.executable, "-m", "tenfold", "run", str(model), "--file", str(long), "--max-tokens", "1500"]
+    command = [sys.executable, "-m", "tenfold", "run", str(model), "--file", str(long), "--max-tokens", "20000"]
     # The slower backend and no end token: the answer must still be going on when the signal comes.
     command += ["--backend", "reference", "--logit-bias", "1=-100"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
