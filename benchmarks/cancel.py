@@ -44,7 +44,8 @@ def main() -> None:
 
 def measured(engine: Engine, depth: int, tokens: int, turns: int) -> dict[str, Any]:
     """The ids are read by a session of their own first: embeddings come from disk at first use."""
-    ids = torch.randint(0, engine.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(0)
+    ids = array("i", torch.randint(0, engine.config.vocab_size, (tokens,), generator=generator).tolist())
     engine.session(tokens).feed(ids)
     session = engine.session()
     depth = min(depth, session.context - tokens)
@@ -60,10 +61,10 @@ def measured(engine: Engine, depth: int, tokens: int, turns: int) -> dict[str, A
     return sizes | {name: figures(runs, tokens) for name, runs in found.items()}
 
 
-def gaps(session: Session, ids: list[int]) -> list[float]:
+def gaps(session: Session, ids: array[int]) -> list[float]:
     """Seconds from tick to tick of one pass over `ids`."""
     times = [time.perf_counter()]
-    session.engine._run({session: array("i", ids)}, every=False, tick=lambda share: times.append(time.perf_counter()))
+    session.engine._run({session: ids}, every=False, tick=lambda share: times.append(time.perf_counter()))
     times.append(time.perf_counter())
     return [after - before for before, after in pairwise(times)]
 

@@ -345,7 +345,7 @@ class Session:
         tokens = self._valid(ids)
         self.check_fits(len(tokens))
         match = keeper.find(tokens)
-        if match.position <= self._shared(tokens):
+        if match.position <= self._keepable(tokens):
             return match
         self._tokens, self._points, self._logits, self.in_flight = array("i"), [], None, True
         self.streams.clear()
@@ -356,7 +356,7 @@ class Session:
             self._mark()
         return match
 
-    def _shared(self, tokens: Sequence[int]) -> int:
+    def _keepable(self, tokens: Sequence[int]) -> int:
         """How far a rewind could keep this timeline: to the last restore point within the prefix it shares."""
         shared = self.shared(tokens)
         if shared == self.length and not self.in_flight:
