@@ -483,9 +483,10 @@ def _of_asked(step: Batch, q: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
 
 def scores_of_asked(step: Batch, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """Index scores [n, entries] of keys [..., entries, dim], of all sequences or a crowd."""
-    mine, every = _of_asked(step, q, keys.view(-1, 1, keys.shape[-1]))
-    raw = (mine @ every.t()).relu()
-    return (weights.flatten(0, 1)[step.asked.tokens][:, :, None] * raw).sum(1)  # type: ignore[union-attr]
+    assert step.asked is not None
+    mine, weights = (t.flatten(0, 1)[step.asked.tokens] for t in (q, weights))
+    raw = (mine @ keys.flatten(0, -2).t()).relu()
+    return (weights[:, :, None] * raw).sum(1)
 
 
 def recall_loss(step: Batch, scores: Tensor, others: Tensor | None = None) -> Tensor:
