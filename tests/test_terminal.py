@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +12,8 @@ from tenfold.terminal import ReadingClock, about, bytes_text, duration_text
 def ticking(monkeypatch: pytest.MonkeyPatch, costs: list[float]) -> ReadingClock:
     """A clock over 8 chunks of 1000 tokens, of which the first took `costs` seconds."""
     now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    # Only the module's own `time`: the threads of other tests go on asking the real one.
+    monkeypatch.setattr("tenfold.terminal.time", SimpleNamespace(monotonic=lambda: now[0]))
     clock = ReadingClock(8000)
     for i, seconds in enumerate(costs):
         now[0] += seconds
