@@ -21,7 +21,7 @@ from training.ops import TrainingOps, head_loss, stored_rows
 __all__ = ["TrainingModelV32", "training_model"]
 
 EPS = 1e-6
-LOOKING_BACK = 2  # heads of the first layer
+LOOKING_BACK = 3  # heads of the first layer: enough to tell the four digits of a number apart by what precedes them
 
 
 class TrainingModelV32:
@@ -70,7 +70,7 @@ class TrainingModelV32:
         assert batch.asked is not None
         h = ops.embed(batch.ids, network.embed_tokens)
         for block in network.layers[: self.recall_layer]:
-            h = h + block.self_attn.forward(ops.rms_norm(h, block.input_layernorm, block.eps), batch)
+            h = block.forward(h, batch)
         block = network.layers[self.recall_layer]
         found = block.self_attn.forward(ops.rms_norm(h, block.input_layernorm, block.eps), batch)
         h = (h + found)[batch.asked.tokens]

@@ -65,10 +65,10 @@ STAGES = (
     Stage(2_700_000, 1024, 2, (14, 28), (0.4, 0.01), selects=True, quantised=True, far=0.5, crowd=65_536),
 )
 
-# V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit, and what they need for
-# that is there after the first stage. So all layers learn from the beginning.
+# V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit.
 STAGES_V32 = (
-    Stage(4_300_000, 256, 4, (5, 7), (1.0, 0.8)),
+    Stage(3_400_000, 256, 4, (5, 7), (1.0, 0.8), looking_up=True),
+    Stage(4_300_000, 256, 4, (5, 7), (0.8, 0.7)),
     Stage(4_600_000, 512, 2, (7, 14), (0.8, 0.7)),
     Stage(4_800_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
     Stage(5_100_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
@@ -193,8 +193,14 @@ class Pupil:
         batch = Batch.of(lessons.ids[:, :-1], True, lessons.positions, Asked(lessons.asked, lessons.told))
         loss, each = self.model(quantised).recall_loss(batch, lessons.ids[:, 1:].flatten()[lessons.asked])
         recall = batch.recall_losses
-        (loss + plan.recall_weight * recall["attention"] + plan.index_weight * recall["indexer"]).backward()
+        (loss + self._recall_loss(recall)).backward()
         return _found(each, recall)
+
+    def _recall_loss(self, recall: dict[str, Tensor]) -> Tensor:
+        """Of where attention and indexer look; V3.2's first layer, which looks back, among it."""
+        plan = self.plan
+        total = plan.recall_weight * recall["attention"] + plan.index_weight * recall["indexer"]
+        return total + plan.before_weight * recall["before"] if "before" in recall else total
 
     def _learn(self, lessons: Lessons, dense: bool, quantised: bool) -> dict[str, float]:
         plan = self.plan
@@ -203,9 +209,7 @@ class Pupil:
         targets = lessons.ids[:, 1:].flatten()
         loss, each = self.model(quantised).loss(batch, targets, token_weights(lessons, plan))
         recall = batch.recall_losses
-        total = loss + plan.recall_weight * recall["attention"] + plan.index_weight * recall["indexer"]
-        if "before" in recall:
-            total = total + plan.before_weight * recall["before"]
+        total = loss + self._recall_loss(recall)
         if batch.index_losses:
             total = total + 0.1 * sum(batch.index_losses)
         total.backward()
