@@ -35,6 +35,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = (80, 89, 90, 100, 120)
 SHARED_LIMIT_KB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory a block may have, by architecture."""
+PITCHES = ("pitch", "stride")
+"""Numbers that are multiples of 16 in every launch."""
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "QMMA", "OMMA")
 
 HIDDEN, INNER, EXPERTS, TOPK, LATENT, HEAD = 4096, 2048, 256, 6, 1024, 512
@@ -71,7 +73,14 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--names", action="store_true", help="only list the kernels, and check how they are launched")
     chosen = parser.parse_args()
+    for case in cases():
+        check_numbers(case)
+        if chosen.names:
+            print(case.name)
+    if chosen.names:
+        return
     found = []
     for case in cases():
         for arch in chosen.arch if chosen.kernel in case.name else ():
@@ -261,7 +270,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def index_cases() -> Iterator[Case]:
-    types = {"q": "*bf16", "weights": "*fp32", "visible": "*i64", "out": "*fp32", "n": "i32", "most": "i32"}
+    types = {"q": "*bf16", "weights": "*fp32", "visible": "*i64", "out": "*fp32", "n": "i32", "pitch": "i32"}
     for layout in (index_key_fp4(128), index_key_fp8(128)):
         shape = {"CODE_BITS": layout.code_bits, "ROW_BYTES": layout.row_bytes, "SCALE_OFFSET": layout.scale_offset,
                  "SCALE_BYTES": layout.scale_bytes, "BLOCK": layout.block, "H": 64, "HP": 64, "D": 128, "DP": 128,
@@ -306,7 +315,8 @@ def compiled(case: Case, arch: int) -> Compiled:
     """The case compiled as a launch would, with memory aligned to 16 bytes."""
     names = case.kernel.arg_names
     types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if types[name].startswith("*") or (name in PITCHES and name not in case.constants)}  # fmt: skip
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     source = ASTSource(case.kernel, types, constants, aligned)
@@ -327,6 +337,15 @@ def compiled(case: Case, arch: int) -> Compiled:
         sum("128" in re.sub("LTC128B", "", load) for load in loads),
         len(loads),
     )
+
+
+def check_numbers(case: Case) -> None:
+    """A count that a launch specialises would be another kernel, one that was not compiled here, and in the middle of
+    a text: for 1, for multiples of 16 and for the rest. Pitches alone are multiples of 16 always."""
+    for parameter in case.kernel.params:
+        name = parameter.name
+        if name not in case.constants and case.types[name].startswith("i") and name not in PITCHES:
+            assert parameter.do_not_specialize, f"{case.name}: {name} is specialised"
 
 
 def read(tool: str, *words: str) -> str:

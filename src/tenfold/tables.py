@@ -91,8 +91,11 @@ class Tables:
         self.ops = cast(BatchOps, ops)
         self.size, self.context, self.exact, self.device = size, context, exact, device
         self._places = {(spec.layer, spec.name): (2 + i, spec) for i, spec in enumerate(config.streams)}
-        self._host = torch.zeros(2 + len(config.streams), size, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._table = self._host.to(device, copy=True)
+        # Lines begin at multiples of 16 bytes: a kernel is compiled for aligned memory or for any.
+        shape = 2 + len(config.streams), -(-size // 2) * 2
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._on_device = self._host.to(device, copy=True)
+        self._table = self._on_device[:, :size]
         self.ids, self.positions = self._table[0], self._table[1]
 
     def put(self, streams: Sequence[Streams], ids: Sequence[int], positions: Sequence[int]) -> None:
@@ -100,8 +103,8 @@ class Tables:
         assert len(streams) == len(ids) == len(positions) == self.size, "every place takes a session"
         addresses = [one.addresses() for one in streams]
         columns = [[*line] for line in zip(ids, positions, *zip(*addresses, strict=True), strict=True)]
-        self._host.copy_(torch.tensor(columns, dtype=torch.int64).t())
-        self._table.copy_(self._host, non_blocking=True)
+        self._host[:, : self.size].copy_(torch.tensor(columns, dtype=torch.int64).t())
+        self._on_device.copy_(self._host, non_blocking=True)
 
     def window(self, layer: int) -> TableWindow:
         place, spec = self._places[layer, "window"]

@@ -19,13 +19,21 @@ PRODUCTS = ("linear", "gate_up", "down", "hyper project", "attention", "index sc
 
 
 def compiled(*words: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(run("--json", *words))
+    return found
+
+
+def run(*words: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--json", *words], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-W", "error:TRITON", SCRIPT, *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    return done.stdout
 
 
 def check(found: list[dict[str, Any]]) -> None:
@@ -36,6 +44,11 @@ def check(found: list[dict[str, Any]]) -> None:
         if one["kernel"].startswith(PRODUCTS):
             assert one["matrix"], one
             assert one["wide_loads"], one
+
+
+def test_launches_are_what_was_compiled() -> None:
+    """No count is specialised by its value: a new kernel would be compiled in the middle of a text."""
+    assert "top-k, writing" in run("--names").splitlines()
 
 
 def test_a_product_of_a_decode_step() -> None:

@@ -1,16 +1,18 @@
-"""Experts in the interpreter, against float64: the plan, every format, the shared expert, clamps."""
+"""Experts against float64: the plan, every format, the shared expert, clamps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tests.ops.test_cpu_linear import rows, seeded, weight
+from tests.ops.triton.card import on_card
 from torch import Tensor
 
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4, WeightFormat
 from tenfold.ops import Experts, Weight, reference
-from tenfold.ops.triton import experts as grouped
+from tenfold.ops.triton import experts
 
+grouped = on_card(experts, "experts", "feed_forward", "_plan")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

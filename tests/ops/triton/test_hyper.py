@@ -1,4 +1,4 @@
-"""Hyper-connections in the interpreter, against the reference."""
+"""Hyper-connections against the reference."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from tests.ops.cases import f32, randn
+from tests.ops.triton.card import on_card
 from torch import Tensor
 
 from tenfold.ops import reference
-from tenfold.ops.triton import hyper
+from tenfold.ops.triton import hyper as kernels
 
+hyper = on_card(kernels, "hc_mix", "hc_merge", "hc_collapse")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

@@ -1,16 +1,18 @@
-"""Products with stored weights in the interpreter, against float64: every format, every code, odd sizes."""
+"""Products with stored weights against float64: every format, every code, odd sizes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tests.ops.test_cpu_linear import FORMATS, columns_of, rows, weight
+from tests.ops.triton.card import on_card
 from torch import Tensor
 
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, WeightFormat
 from tenfold.ops import Stack, Weight, reference
-from tenfold.ops.triton import linear as product
+from tenfold.ops.triton import linear
 
+product = on_card(linear, "linear", "linear_each", "grouped_linear")
 pytestmark = pytest.mark.usefixtures("poisoned")
 format_cases = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 part_cases = pytest.mark.parametrize("parts", [1, 3])

@@ -1,10 +1,14 @@
-"""Low-precision helpers in the interpreter: every code, and rounding as torch does it."""
+"""Low-precision helpers: every code, and rounding as torch does it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from tests.ops.triton.card import DEVICE
+from torch import Tensor
 
 from tenfold.ops import reference
 from tenfold.ops.triton.lowp import (
@@ -16,6 +20,7 @@ from tenfold.ops.triton.lowp import (
     mm_f32,
     mm_split,
     pow2_ceil_scale,
+    pow2_inverse,
     round_bf16,
     round_e4m3,
     to_bf16,
@@ -45,10 +50,11 @@ def encode(numbers, rounded, codes, small_codes, halves, N: tl.constexpr):
 
 
 @triton.jit
-def scale(numbers, scales, codes, N: tl.constexpr):
+def scale(numbers, scales, inverses, codes, N: tl.constexpr):
     i = tl.arange(0, N)
     power, code = pow2_ceil_scale(tl.load(numbers + i), 1.0 / 448.0)
     tl.store(scales + i, power)
+    tl.store(inverses + i, pow2_inverse(power))
     tl.store(codes + i, code)
 
 
@@ -63,9 +69,15 @@ def product(a, b, split1, split3, full, high, N: tl.constexpr):
     tl.store(high + place, round_bf16(x))
 
 
+def launched(kernel: Any, n: int, *given: Tensor | None) -> list[Tensor]:
+    """A kernel of one program on memory of the device; what comes back from there. None: n float32, full of NaN."""
+    there = [(torch.full((n,), torch.nan) if tensor is None else tensor).to(DEVICE) for tensor in given]
+    kernel[(1,)](*there, n)
+    return [tensor.cpu() for tensor in there]
+
+
 def test_every_code_reads_as_its_number() -> None:
-    eights, fours, powers = (torch.full((256,), torch.nan) for _ in range(3))
-    decode[(1,)](CODES, eights, fours, powers, 256)
+    _, eights, fours, powers = launched(decode, 256, CODES, None, None, None)
     expected = CODES.view(torch.float8_e4m3fn).float()
     finite = ~expected.isnan()
     assert finite.sum() == 254
@@ -80,9 +92,8 @@ def test_numbers_are_rounded_as_torch_does_it() -> None:
     spread = torch.randn(3, n // 4, generator=generator) * torch.tensor([[100.0], [1.0], [0.004]])
     x = torch.cat([*spread, torch.arange(n // 4) / 1024 - 8]).clamp(-448, 448)  # the last: ties of both formats
     x[0], x[1] = 0.0, -0.0
-    rounded, halves = torch.empty(n), torch.empty(n, dtype=torch.bfloat16)
-    codes, small_codes = (torch.empty(n, dtype=torch.uint8) for _ in range(2))
-    encode[(1,)](x, rounded, codes, small_codes, halves, n)
+    octets, halves = torch.empty(n, dtype=torch.uint8), torch.empty(n, dtype=torch.bfloat16)
+    _, rounded, codes, small_codes, halves = launched(encode, n, x, None, octets, octets.clone(), halves)
     expected = x.to(torch.float8_e4m3fn)
     assert torch.equal(rounded, expected.float())
     assert torch.equal(codes, expected.view(torch.uint8))
@@ -93,19 +104,19 @@ def test_numbers_are_rounded_as_torch_does_it() -> None:
 def test_scales_are_the_reference_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.rand(1000, generator=generator) * 100 + 1e-4, 448 * torch.exp2(torch.arange(24) - 12.0)])
-    scales, codes = torch.empty(1024), torch.empty(1024, dtype=torch.uint8)
-    scale[(1,)](x, scales, codes, 1024)
+    _, scales, inverses, codes = launched(scale, 1024, x, None, None, torch.empty(1024, dtype=torch.uint8))
     exponents = reference._scale_exponents(x, 448.0)
     assert torch.equal(codes.long(), exponents)
     assert torch.equal(scales, reference._e8m0_values()[exponents])
+    assert torch.equal(inverses, 1 / scales)
 
 
 def test_products_round_activations_or_do_not() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(32, 32, generator=generator) for _ in range(2))
     w = w.bfloat16().float()
-    split1, split3, full, high = (torch.full((32, 32), torch.nan) for _ in range(4))
-    product[(1,)](x, w, split1, split3, full, high, 32)
+    empty = [torch.full((32, 32), torch.nan) for _ in range(4)]
+    _, _, split1, split3, full, high = launched(product, 32, x, w, *empty)
     assert torch.equal(high, x.bfloat16().float())
     rounded, exact = high.double() @ w.double(), x.double() @ w.double()
     sizes = x.double().abs() @ w.double().abs()

@@ -1,4 +1,4 @@
-"""Routing, the compressor's pooling and look-ups in the interpreter, against the reference."""
+"""Routing, the compressor's pooling and look-ups against the reference."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from tests.ops.cases import f32, randint, randn
+from tests.ops.triton.card import on_card
 from torch import Tensor
 
 from tenfold.formats import BF16
 from tenfold.ops import Weight, reference
-from tenfold.ops.triton import compress as pooling
-from tenfold.ops.triton import route as router
+from tenfold.ops.triton import compress, route
 
+pooling, router = on_card(compress, "compress", "embed"), on_card(route, "route")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

@@ -1,18 +1,23 @@
-"""Norms, rotation, Hadamard and packed rows in the interpreter, against the reference."""
+"""Norms, rotation, Hadamard and packed rows against the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from tests.ops.cases import f32, randint, randn
+from tests.ops.triton.card import on_card
 from torch import Tensor
 
 from tenfold.config import RopeSpec
 from tenfold.formats import RowLayout, exact_layout, index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
 from tenfold.models.blocks import rope_frequencies
 from tenfold.ops import reference
-from tenfold.ops.triton import rows as turned
+from tenfold.ops.triton import rows as kernels
 
+turned = on_card(
+    kernels, "hadamard", "layer_norm", "norm_rope", "norm_rope_pack", "pack_rows", "rms_norm", "rope", "rope_round",
+    "unpack_rows",
+)  # fmt: skip
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 LAYOUTS = (

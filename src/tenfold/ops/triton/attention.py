@@ -278,7 +278,7 @@ def _slots(lists, stride, begin, count, t, place, KIND: tl.constexpr):
         return tl.maximum(slot, 0), slot >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_a", "columns_a", "stride_b", "columns_b"])
 def _attend(
     q, rows_a, start_a, stop_a, stride_a, columns_a, rows_b, start_b, stop_b, stride_b, columns_b,
     out, lse, sinks, positions, frequencies, scale,
@@ -342,7 +342,7 @@ def _attend(
         tl.store(lse + place, weight, mask=h < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
     partial, lse, sinks, positions, frequencies, out, splits,
     LANES: tl.constexpr, H: tl.constexpr, MAIN: tl.constexpr, PAIRS: tl.constexpr, VALUES: tl.constexpr,

@@ -13,7 +13,7 @@ from tenfold.ops.triton.lowp import INTERPRET
 __all__ = ["compress", "embed"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "stride_group", "stride_token"])
 def compress_kernel(
     values, gates, out, entries, stride_group, stride_token,
     RATIO: tl.constexpr, DIM: tl.constexpr, OVERLAP: tl.constexpr,
@@ -45,7 +45,7 @@ def compress_kernel(
     tl.store(out + e * DIM + d, pooled, mask=(e < entries) & (d < DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "lines"])
 def embed_kernel(ids, table, out, n, lines, WIDTH: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr):
     """out [n, WIDTH] f32: lines of the table by id; an id that is not there, which would read any memory, is moved."""
     i = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)

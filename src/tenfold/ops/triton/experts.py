@@ -40,7 +40,7 @@ _CHUNK = 256
 # ---------------------------------------------------------------------------------------------- the plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def count_kernel(ids, counts, pairs, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """counts [chunks, BINS]: pairs of each expert in each chunk."""
     chunk = tl.program_id(0)
@@ -60,7 +60,7 @@ def _experts_of(ids, pair, pairs, EXPERTS: tl.constexpr):
     return tl.where(pair < pairs, tl.minimum(tl.maximum(expert, 0), EXPERTS - 1), EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "num_blocks"])
 def plan_kernel(
     ids, counts, order, blocks, pairs, num_blocks,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
@@ -148,7 +148,7 @@ def _gated_tile(
     tl.store(out + (out_row * inner)[:, None] + column[None, :], y, mask=ok[:, None] & (column < inner)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_blocks", "inner", "shared_inner"])
 def gate_up_kernel(
     x, weights, table, order, blocks, out, shared_table, shared_out, n, num_blocks, inner, shared_inner, limit,
     TOPK: tl.constexpr, K: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
@@ -191,7 +191,7 @@ def _down_tile(
     tl.store(out + (row * hidden)[:, None] + column[None, :], y, mask=ok[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_blocks", "hidden"])
 def down_kernel(
     gated, table, order, blocks, out, shared_gated, shared_table, shared_out, n, num_blocks, hidden,
     K: tl.constexpr, SHARED_K: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, PARTS: tl.constexpr,
@@ -216,7 +216,7 @@ def down_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numbers", "hidden"])
 def sum_kernel(y, shared, out, numbers, hidden, TOPK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
     """out [n, hidden]: the sum over y [n, TOPK, hidden], and shared [n, hidden]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

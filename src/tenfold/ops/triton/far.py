@@ -7,6 +7,7 @@ lines. A slot is filled only after its last expert's line is back where that exp
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from tenfold.errors import DoesNotFit
 from tenfold.ops import Experts, Weight
 
 __all__ = ["FarExperts"]
@@ -25,6 +27,10 @@ _PASSES = 32
 """Between two looks at what is busy: a look waits for the device."""
 _MOST_MOVES = 4
 """Experts of a layer copied at a time."""
+_PORTABLE_AND_MAPPED = 1 | 2
+"""To cudaHostRegister: every context sees the memory, and kernels may read it."""
+_SAME_ADDRESS = 91
+"""The driver's number of the attribute: kernels reach registered host memory at the host's own address."""
 _FORGET = 0.5
 """What a count is worth at the next look."""
 
@@ -47,6 +53,8 @@ class FarExperts:
 
     def __init__(self, device: torch.device, hot: int) -> None:
         self.device, self.hot = device, hot
+        if device.type == "cuda":
+            _check_addresses(torch.cuda.current_device())
         self._room = torch.empty(0, dtype=torch.uint8)
         self._arenas: list[Tensor] = []
         self._banks: WeakKeyDictionary[Experts, _Bank] = WeakKeyDictionary()
@@ -65,9 +73,13 @@ class FarExperts:
             self._arenas.append(self._room)
             if self.device.type == "cuda":
                 # Not torch's pinned memory, which rounds every tensor up to a power of two.
-                failed = torch.cuda.cudart().cudaHostRegister(self._room.data_ptr(), self._room.nbytes, 0)
+                register = torch.cuda.cudart().cudaHostRegister
+                failed = register(self._room.data_ptr(), self._room.nbytes, _PORTABLE_AND_MAPPED)
                 if int(failed):
-                    raise RuntimeError(f"{self._room.nbytes} bytes of host memory could not be pinned: {failed}")
+                    raise DoesNotFit(
+                        f"{self._room.nbytes} bytes of host memory for experts could not be pinned ({failed}); raise "
+                        "the limit of locked memory (ulimit -l), or use --backend cpu"
+                    )
         found = self._room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._room = self._room[padded:]
         found.copy_(tensor)
@@ -137,6 +149,17 @@ class FarExperts:
                     start += -(-octets.shape[0] // _ALIGN) * _ALIGN
                 bank.holder[slot] = expert
                 bank.coming.append(slot)
+
+
+def _check_addresses(ordinal: int) -> None:
+    """A table of host addresses would be memory that is not there on a card which sees it elsewhere."""
+    found = ctypes.c_int(0)
+    failed = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(found), _SAME_ADDRESS, ordinal)
+    if failed or not found.value:
+        raise DoesNotFit(
+            "the weights do not fit this GPU, and it cannot read host memory at the host's own addresses, as on "
+            "Windows; use --backend cpu, or a larger card"
+        )
 
 
 def _moves(bank: _Bank) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ __all__ = ["hc_collapse", "hc_merge", "hc_mix"]
 _MOST_SPLITS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def project_kernel(
     flat, fn, logits, squares, n,
     PER_SPLIT: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -58,7 +58,7 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "splits"])
 def finish_kernel(
     streams, logits, squares, scale, base, norm, x, post, combination, n, splits, norm_eps, eps,
     M: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
@@ -111,7 +111,7 @@ def finish_kernel(
     tl.store(x + (token * D)[:, None] + d[None, :], y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def merge_kernel(
     streams, y, post, combination, out, n,
     M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
@@ -176,7 +176,7 @@ def _mapped(
     tall = min(triton.next_power_of_2(n), 256) if INTERPRET.value else 16
     depth = 512 if INTERPRET.value else 128
     groups = triton.cdiv(n, max(tall, 16))
-    splits = 2 if INTERPRET.value else max(1, min(_MOST_SPLITS // groups, triton.cdiv(m * d, 2 * depth)))
+    splits = 2 if INTERPRET.value else _splits(groups, triton.cdiv(m * d, 2 * depth))
     per_split = triton.cdiv(triton.cdiv(m * d, splits), depth) * depth
     logits = torch.empty(splits, n, outputs, device=streams.device)
     squares = torch.empty(splits, n, device=streams.device)
@@ -193,6 +193,12 @@ def _mapped(
         num_warps=8 if wide > 2048 else 4,
     )  # fmt: skip
     return x
+
+
+def _splits(groups: int, most: int) -> int:
+    """Parts of the sum, a power of two: their size is compiled in, and chunks come in all lengths."""
+    wanted = max(1, min(_MOST_SPLITS // groups, most))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ __all__ = ["index_scores", "select_rows"]
 
 _STRIP_SCORES = 1 << 25
 """Scores kept at once, float32: 128 MiB, or a single query's where one alone has more."""
+_PITCH = 16
+"""Lines of scores begin at multiples of so many."""
 _KEYS, _QUERIES = 128, 16
 """Keys of a tile, and queries that meet it one after the other."""
 
@@ -60,7 +62,8 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, vi
     n, heads, dim = q.shape
     if layout.plain or layout.width != dim or layout.block % 2:
         raise ValueError(f"keys: expected rows of {dim} coded channels, got {layout}")
-    out = torch.empty(n, most, dtype=torch.float32, device=q.device)
+    pitch = -(-most // _PITCH) * _PITCH
+    out = torch.empty(n, pitch, dtype=torch.float32, device=q.device)[:, :most]
     if n * most == 0:
         return out
     each = keys.dtype is torch.int64
@@ -74,7 +77,7 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, vi
         visible,
         out,
         n,
-        most,
+        pitch,
         EACH=each,
         CODE_BITS=layout.code_bits,
         ROW_BYTES=layout.row_bytes,
@@ -102,7 +105,7 @@ def _as_met(q: Tensor, layout: RowLayout) -> Tensor:
     return pairs.transpose(-1, -2).to(torch.bfloat16).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _scores(
     q,
     weights,
@@ -110,7 +113,7 @@ def _scores(
     visible,
     out,
     n,
-    most,
+    pitch,
     EACH: tl.constexpr,
     CODE_BITS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
@@ -173,4 +176,4 @@ def _scores(
                     query = tl.load(q + row[:, None] * D + c[None, :], mask=mine, other=0.0)
                     score = mm(query, tl.trans(key), score) if CODE_BITS == 8 else mm_f32(query, tl.trans(key), score)
                 total = tl.sum(tl.maximum(score, 0.0) * weight[:, None], 0)
-                tl.store(out + (t0 + i).to(tl.int64) * most + j, total, mask=j < seen)
+                tl.store(out + (t0 + i).to(tl.int64) * pitch + j, total, mask=j < seen)

@@ -96,7 +96,7 @@ def accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "N"])
 def linear_kernel(
     x, codes, scale, out, n, N,
     GROUPS: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
@@ -111,7 +111,7 @@ def linear_kernel(
     tl.store(out + (m * (GROUPS * N))[:, None] + row[None, :], acc, mask=(m < n)[:, None] & (column < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def linear_each_kernel(
     x, table, out, n,
     COUNT: tl.constexpr, K: tl.constexpr, FORMATS: tl.constexpr, PARTS: tl.constexpr,

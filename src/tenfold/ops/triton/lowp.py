@@ -7,6 +7,8 @@ Knows nothing of formats beyond single numbers.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -21,10 +23,15 @@ __all__ = [
     "mm_f32",
     "mm_split",
     "pow2_ceil_scale",
+    "pow2_inverse",
     "round_bf16",
     "round_e4m3",
     "to_bf16",
 ]
+
+# The kernels were compiled and checked with products contracted; Triton 3.10 will change what it does unasked, and
+# 3.9 warns of it at the first compile.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run in the interpreter: decided when triton is imported, by TRITON_INTERPRET."""
@@ -88,6 +95,12 @@ def pow2_ceil_scale(amax, INVERSE_LIMIT: tl.constexpr):
     bits = (amax * INVERSE_LIMIT).to(tl.uint32, bitcast=True)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
     return (exponent << 23).to(tl.float32, bitcast=True), exponent.to(tl.uint8)
+
+
+@triton.jit
+def pow2_inverse(scale):
+    """1 / scale for powers of two: exact, where a GPU's own division may be off by a place."""
+    return (0x7F000000 - scale.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

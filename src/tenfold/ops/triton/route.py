@@ -32,7 +32,7 @@ def _scores(logits, SOFTPLUS: tl.constexpr):
         return 1.0 / (1.0 + tl.exp(-logits))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def weigh_kernel(
     logits, ids, weights, n, scaling, EXPERTS: tl.constexpr, TOPK: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -51,7 +51,7 @@ def weigh_kernel(
     tl.store(weights + place, score / total[:, None] * scaling, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def choose_kernel(
     logits, bias, ids, weights, n, scaling,
     BIASED: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, EACH: tl.constexpr, BE: tl.constexpr,

@@ -26,6 +26,7 @@ from tenfold.ops.triton.lowp import (
     e8m0,
     mm_split,
     pow2_ceil_scale,
+    pow2_inverse,
     round_bf16,
     round_e4m3,
     to_bf16,
@@ -80,7 +81,7 @@ def _spread(x, BR: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
     return mm_split(x, signs, tl.zeros([BR, BW], tl.float32), 3) * (WIDTH**-0.5)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "each"])
 def turn_kernel(
     x, weight, positions, frequencies, out, rows, each, eps,
     WIDTH: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
@@ -117,7 +118,7 @@ def turn_kernel(
         blocks = tl.reshape(tl.where(coded, y, 0.0), [BR, BW // BLOCK, BLOCK])
         amax = tl.maximum(tl.max(tl.abs(blocks), 2), FLOOR)
         scale, exponent = pow2_ceil_scale(amax, 1.0 / LIMIT)
-        scaled = tl.reshape(tl.minimum(tl.maximum(blocks / scale[:, :, None], -LIMIT), LIMIT), [BR, BW])
+        scaled = tl.reshape(tl.minimum(tl.maximum(blocks * pow2_inverse(scale)[:, :, None], -LIMIT), LIMIT), [BR, BW])
         if BITS == 8:
             rounded = round_e4m3(scaled)
             code = e4m3_code(scaled, rounded)
@@ -151,7 +152,7 @@ def turn_kernel(
             tl.store(line[:, None] + rest, tl.zeros([BR, 16], tl.uint8), mask=ok[:, None] & (rest < ROW_BYTES))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(
     packed, out, rows,
     WIDTH: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
@@ -181,7 +182,7 @@ def unpack_kernel(
     tl.store(out + (row * WIDTH)[:, None] + channel, y, mask=ok & (channel < WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "each", "stride_token", "stride_row"])
 def rope_kernel(
     x, positions, frequencies, out, rows, each, stride_token, stride_row,
     PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -206,7 +207,7 @@ def rope_kernel(
     tl.store(to + second[None, :], a * sin + b * cos, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(x, weight, bias, out, rows, eps, WIDTH: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr):
     row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
     channel = tl.arange(0, BW)

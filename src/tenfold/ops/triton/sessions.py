@@ -15,7 +15,7 @@ from torch import Tensor
 from tenfold.formats import RowLayout
 from tenfold.ops import Weight
 from tenfold.ops.triton.linear import address
-from tenfold.ops.triton.lowp import e2m1_code, e4m3_code, pow2_ceil_scale, round_e4m3, to_bf16
+from tenfold.ops.triton.lowp import e2m1_code, e4m3_code, pow2_ceil_scale, pow2_inverse, round_e4m3, to_bf16
 from tenfold.ops.triton.rows import cos_sin
 
 __all__ = ["compress_step", "store_rows"]
@@ -180,12 +180,12 @@ def _compress(
         amax = tl.max(tl.abs(block), 1)
         if CODE_BITS == 8:
             scale, exponent = pow2_ceil_scale(tl.maximum(amax, 1e-4), 1.0 / 448.0)
-            scaled = tl.minimum(tl.maximum(block / scale[:, None], -448.0), 448.0)
+            scaled = tl.minimum(tl.maximum(block * pow2_inverse(scale)[:, None], -448.0), 448.0)
             code = tl.reshape(e4m3_code(scaled, round_e4m3(scaled)), [WIDE])
             tl.store(row + d, code, mask=d < CODED)
         else:
             scale, exponent = pow2_ceil_scale(tl.maximum(amax, 6.0 * 1.1754943508222875e-38), 1.0 / 6.0)
-            scaled = tl.minimum(tl.maximum(block / scale[:, None], -6.0), 6.0)
+            scaled = tl.minimum(tl.maximum(block * pow2_inverse(scale)[:, None], -6.0), 6.0)
             low, high = tl.split(tl.reshape(e2m1_code(scaled), [WIDE // 2, 2]))
             half_d = tl.arange(0, WIDE // 2)
             tl.store(row + half_d, low | (high << 4), mask=half_d < CODED // 2)

@@ -57,7 +57,7 @@ def _ordered(x):
     return tl.where((u >> 31) != 0, ~u, u | 0x80000000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "width"])
 def _search(scores, visible, out, n, stride, width, BR: tl.constexpr, BN: tl.constexpr):
     """Rows of at most BN scores, BR of them: the threshold is found from its highest bit to its lowest."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -90,7 +90,7 @@ def _cut(bins, want, BINS: tl.constexpr):
     return found.to(tl.uint32), want - tl.sum(tl.where(i == found, above, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _count_bins(scores, visible, bins, stride, width, LEVEL: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr):
     """Adds a block to the histogram of a level: of those whose higher bits are the threshold's."""
     r = tl.program_id(0).to(tl.int64)
@@ -125,7 +125,7 @@ def _threshold(bins, seen, width):
     return tl.where(seen <= width, tl.zeros_like(key), key), tl.where(seen <= width, seen, want)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _count_taken(scores, visible, bins, counts, stride, width, ALL: tl.constexpr, BLOCK: tl.constexpr):
     """How many of a block lie above the threshold and on it."""
     r = tl.program_id(0).to(tl.int64)
@@ -139,7 +139,7 @@ def _count_taken(scores, visible, bins, counts, stride, width, ALL: tl.constexpr
     tl.store(place + 1, tl.sum((live & (key == least)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _write_taken(
     scores, visible, bins, counts, out, stride, width, BLOCKS: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr
 ):
