@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+if importlib.util.find_spec("triton"):
+    from triton.language import core
+
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 
@@ -19,6 +22,8 @@ class _Prepared:
     def __init__(self, *scopes: Any) -> None:
         self.scopes = scopes
         _Prepared.depth += 1
+        # Triton 3.6 makes an int of an array of one number, as a bound of a loop, which numpy 2.4 refuses.
+        core.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     def restore(self) -> None:
         _Prepared.depth -= 1

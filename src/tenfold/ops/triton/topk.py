@@ -54,7 +54,7 @@ def top_rows(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
 def _ordered(x):
     """uint32 that compare as the float32 do; -0 is 0."""
     u = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    return tl.where((u >> 31) != 0, ~u, u | 0x80000000)
+    return tl.where((u >> 31) != 0, u ^ 0xFFFFFFFF, u | 0x80000000)
 
 
 @triton.jit(do_not_specialize=["n", "width"])
