@@ -189,7 +189,6 @@ class Pupil:
         return training_model(self.config, weights, self.ops, quantised)
 
     def _look_up(self, lessons: Lessons, quantised: bool) -> dict[str, float]:
-        plan = self.plan
         batch = Batch.of(lessons.ids[:, :-1], True, lessons.positions, Asked(lessons.asked, lessons.told))
         loss, each = self.model(quantised).recall_loss(batch, lessons.ids[:, 1:].flatten()[lessons.asked])
         recall = batch.recall_losses
