@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.long import engine, load, stores
+from tests.long import ends, engine, load, neighbours, programs, stores
 
 TESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "streams": load.streams,
@@ -20,6 +20,12 @@ TESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "stopped": engine.stopped,
     "tenancy": engine.tenancy,
     "clock": engine.clock,
+    "disconnects": ends.disconnects,
+    "signals": ends.signals,
+    "contamination": neighbours.contamination,
+    "codex": programs.codex,
+    "guidellm": programs.guidellm,
+    "genai-bench": programs.genai_bench,
     "full": stores.full,
     "shared": stores.shared,
 }

@@ -31,13 +31,22 @@ def words(count: int, seed: int) -> str:
     )
 
 
-async def _struck(served: Served, number: int, streams: int) -> tuple[list[Answer], float, float]:
-    """Streams under way when the engine gets a signal: their ends, when /ready noticed, when all was well again."""
+def cached_tokens(answer: Answer) -> int:
+    assert answer.done, answer
+    return int(answer.events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+async def _struck(served: Served, number: int, streams: int) -> tuple[list[Answer], float, float] | None:
+    """Streams under way when the engine gets a signal: their ends, when /ready noticed, when all was well again.
+
+    None if somebody else let a stopped engine go on.
+    """
     running = [
         asyncio.create_task(ask(served.port, "/v1/completions", body(words(20, i), 4000))) for i in range(streams)
     ]
     await asyncio.sleep(1.0)
-    os.kill(served.engine_pid(), number)
+    victim = served.engine_pid()
+    os.kill(victim, number)
     struck = time.monotonic()
     while await asyncio.to_thread(served.ready):
         assert time.monotonic() - struck < 120, "/ready says 200 while the engine is dead"
@@ -45,16 +54,21 @@ async def _struck(served: Served, number: int, streams: int) -> tuple[list[Answe
     noticed = time.monotonic() - struck
     answers = await asyncio.gather(*running)
     await asyncio.to_thread(served.wait, 300.0)
-    return answers, noticed, time.monotonic() - struck
+    return None if served.engine_pid() == victim else (answers, noticed, time.monotonic() - struck)
 
 
 def _faults(signal_number: int, times: int, streams: int, notice_s: float) -> dict[str, Any]:
-    ended = untold = 0
+    ended = untold = repeated = 0
     noticed: list[float] = []
     again: list[float] = []
     with serving("real") as served:
-        for _ in range(times):
-            answers, notice, well = asyncio.run(_struck(served, signal_number, streams))
+        while len(noticed) < times:
+            found = asyncio.run(_struck(served, signal_number, streams))
+            if found is None:
+                repeated += 1
+                assert repeated < max(3, times), "the engine goes on and on"
+                continue
+            answers, notice, well = found
             for answer in answers:
                 ended += 1
                 untold += answer.done or answer.error is None
@@ -63,18 +77,19 @@ def _faults(signal_number: int, times: int, streams: int, notice_s: float) -> di
         whole = asyncio.run(ask(served.port, "/v1/completions", body("Once", 8)))
         assert whole.done, whole
         orphans = _children_left(served)
-    found = {
+    figures = {
         "times": times,
+        "repeated": repeated,
         "streams_ended": ended,
         "without_an_error": untold,
         "ready_503_after_s": round(max(noticed), 2),
         "well_again_after_s_median": round(statistics.median(again), 1),
         "orphans": orphans,
     }
-    assert not untold, found
-    assert orphans == 0, found
-    assert max(noticed) < notice_s, found
-    return found
+    assert not untold, figures
+    assert orphans == 0, figures
+    assert max(noticed) < notice_s, figures
+    return figures
 
 
 def _children_left(served: Served) -> int:
@@ -83,17 +98,17 @@ def _children_left(served: Served) -> int:
     )
 
 
-def killed(times: int = 6) -> dict[str, Any]:
-    """R18: SIGKILL of the engine under eight streams; each further death lengthens the pause before the next start."""
+def killed(times: int = 100) -> dict[str, Any]:
+    """R18: SIGKILL of the engine under eight streams."""
     return _faults(signal.SIGKILL, times, 8, notice_s=2.0)
 
 
-def stopped(times: int = 3) -> dict[str, Any]:
+def stopped(times: int = 20) -> dict[str, Any]:
     """R18: SIGSTOP: nothing ends, nothing moves."""
     return _faults(signal.SIGSTOP, times, 8, notice_s=30.0)
 
 
-def tenancy(probes: int = 100) -> dict[str, Any]:
+def tenancy(probes: int = 1000) -> dict[str, Any]:
     """R21: what one key has read is neither found nor felt by another."""
     folder = tempfile.mkdtemp(prefix="tenfold-long-")
     cached = 0
@@ -101,23 +116,19 @@ def tenancy(probes: int = 100) -> dict[str, Any]:
     other: list[float] = []
     own: list[float] = []
 
-    def usage(answer: Answer) -> int:
-        assert answer.done, answer
-        return int(answer.events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"])
-
     async def run(served: Served) -> None:
         nonlocal cached
         for i in range(probes):
             text = words(600, i)
             await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])
             hit = await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])
-            assert usage(hit) > 0, "a key finds what it has read itself"
+            assert cached_tokens(hit) > 0, "a key finds what it has read itself"
             own.append(hit.ttft_s)
             pair = [(text, other), (words(600, 10_000 + i), fresh)]
             random.shuffle(pair)
             for probe, times in pair:
                 answer = await ask(served.port, "/v1/completions", body(probe, 2), key=KEYS[1])
-                cached += usage(answer)
+                cached += cached_tokens(answer)
                 times.append(answer.ttft_s)
 
     try:
@@ -136,18 +147,25 @@ def tenancy(probes: int = 100) -> dict[str, Any]:
         "ttft_ms_fresh": round(1e3 * statistics.median(fresh), 1),
     }
     assert cached == 0, found
-    assert abs(found["classifier_percent"] - 50) < 15, found
+    assert abs(found["classifier_percent"] - 50) <= 5, found
     return found
 
 
-def clock(jumps: int = 8) -> dict[str, Any]:
-    """R28: the system's clock jumps by an hour and a day, both ways, under streams (libfaketime)."""
+def clock(jumps: int = 16) -> dict[str, Any]:
+    """R28: the system's clock jumps by an hour and a day, both ways, under streams (libfaketime), for the server and
+    its engine; what was read before a jump is found after it."""
     library = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
     if library is None:
         return {"ok": None, "not_run": "libfaketime is not installed"}
     with tempfile.TemporaryDirectory() as folder:
         stamp = Path(folder) / "stamp"
-        stamp.write_text("+0")
+
+        def jump(shift: str) -> None:
+            """All at once: libfaketime takes half a file for some other time, and sleep then fails."""
+            (stamp.parent / "next").write_text(shift)
+            (stamp.parent / "next").rename(stamp)
+
+        jump("+0")
         env = {
             "LD_PRELOAD": str(library),
             "FAKETIME_TIMESTAMP_FILE": str(stamp),
@@ -155,22 +173,26 @@ def clock(jumps: int = 8) -> dict[str, Any]:
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "DONT_FAKE_MONOTONIC": "1",
         }
-        wrong = 0
+        wrong = unfound = 0
         with serving("real", folder + "/store", env=env) as served:
+            environment = Path(f"/proc/{served.engine_pid()}/environ").read_text()
+            assert f"FAKETIME_TIMESTAMP_FILE={stamp}" in environment, "the engine has the true clock"
             for i in range(jumps):
 
                 async def run(shift: str) -> list[Answer]:
                     asked = [
-                        asyncio.create_task(ask(served.port, "/v1/completions", body(words(300, j), 200)))
+                        asyncio.create_task(ask(served.port, "/v1/completions", body(words(300, j), 400)))
                         for j in range(4)
                     ]
                     await asyncio.sleep(0.5)
-                    stamp.write_text(shift)
+                    jump(shift)
                     return await asyncio.gather(*asked)
 
                 answers = asyncio.run(run(("+1h", "-1h", "+1d", "-1d")[i % 4]))
                 wrong += sum(not answer.done or answer.error is not None for answer in answers)
+                unfound += sum(not cached_tokens(answer) for answer in answers if answer.done) if i else 0
                 assert served.ready(), "the server thinks its engine is gone"
-    found = {"jumps": jumps, "streams": 4 * jumps, "failed": wrong}
+    found = {"jumps": jumps, "streams": 4 * jumps, "failed": wrong, "prefixes_not_found": unfound}
     assert not wrong, found
+    assert not unfound, found
     return found

@@ -1,13 +1,15 @@
 """A server in a process of its own, to be measured, stopped and killed: `python -m tests.long.served KIND PORT STORE`.
 
-`echo` says back the nonce of its prompt, 32 tokens long, without a model; `real` has the embedded model in an engine
-process. Two API keys are let in: alpha-key-1 and beta-key-22.
+`echo` says back the nonce of its prompt, 32 tokens long, without a model; `slow` reads for 65 seconds before it says a
+sentence, and gives signs of life as often as a server by default; `real` has the embedded model in an engine process.
+Two API keys are let in: alpha-key-1 and beta-key-22.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import os
 import re
 import socket
@@ -19,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import uvicorn
-from tests.server.fakes import FakeJobs, Script, plain_language, settings
+from tests.server.fakes import FakeJobs, Script, plain_language, saying, settings
 
+from tenfold.server import engine_client
 from tenfold.server.app import Gate
 from tenfold.server.auth import Keys
 from tenfold.server.engine_client import EngineProcess
@@ -33,7 +35,11 @@ from tenfold.server.transport import guarded
 from tenfold.server.wire import Admitted, Event, Finished, Job, Queued, Ready, Start, Token, Tokens
 
 KEYS = ("alpha-key-1", "beta-key-22")
+MODEL = "tenfold-test"
 _NONCE = re.compile(r"nonce-\d+")
+_CLOCK = ("LD_PRELOAD", "FAKETIME", "DONT_FAKE")
+_LONGEST_PAUSE_S = 1.0
+"""Before an engine that died is started again; a hundred deaths would make it half a minute."""
 
 
 @dataclass
@@ -69,8 +75,10 @@ class Served:
         return next(line.split(":")[1] for line in text.splitlines() if line.startswith(f"{name}:"))
 
     def ready(self) -> bool:
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/ready", headers=auth(), timeout=5, trust_env=False).status_code == 200
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+            connection.request("GET", "/ready", headers=auth())
+            return connection.getresponse().status == 200
         return False
 
     def wait(self, seconds: float = 120.0) -> float:
@@ -108,6 +116,40 @@ def serving(kind: str, *more: str, env: dict[str, str] | None = None) -> Iterato
             process.wait()
 
 
+@contextlib.contextmanager
+def command(folder: str, *more: str, keys: bool = False) -> Iterator[Served]:
+    """`tenfold serve tiny-v4-flash` as a user starts it, ready; its log is FOLDER/log. Killed at the end."""
+    log = Path(folder, "log")
+    words = [sys.executable, "-m", "tenfold", "serve", "tiny-v4-flash", "--name", MODEL, "--port", "0", *more]
+    if keys:
+        Path(folder, "keys").write_text("\n".join(KEYS))
+        words += ["--keys", f"{folder}/keys"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(words, stderr=file, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    try:
+        while (address := re.search(r"http://[0-9.]+:(\d+)", log.read_text())) is None:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        served = Served(process, int(address[1]))
+        served.wait(300)
+        yield served
+    finally:
+        process.kill()
+        process.wait()
+
+
+class _Engine(EngineProcess):
+    """Shares this process' clock, faked or not: an engine is not told of its variables otherwise."""
+
+    program = (
+        "-c",
+        "import os, sys; clock = dict(item.split('=', 1) for item in sys.argv[1:-1]); "
+        "command = [sys.executable, '-P', '-m', 'tenfold.server.worker', sys.argv[-1]]; "
+        "os.execve(sys.executable, command, {**os.environ, **clock})",
+        *(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_CLOCK)),
+    )
+
+
 class _Forgetful(list[Any]):
     """A soak would measure what the fake remembers."""
 
@@ -125,16 +167,29 @@ def echo(language: Language) -> Script:
     return script
 
 
+def slow(language: Language, seconds: float = 65.0) -> Script:
+    said = saying("All is well.", language)
+
+    def script(job: Job) -> Sequence[Event | float]:
+        queued, admitted, *rest = said(job)
+        return [queued, admitted, seconds, *rest]
+
+    return script
+
+
 async def _serve(kind: str, port: int, store: str | None) -> None:
     language = plain_language()
     jobs: FakeJobs | EngineProcess
-    if kind == "echo":
-        jobs = FakeJobs(echo(language), ready=Ready("fake", 65_536, 2048, 1 << 30, 282_624, 118.8, 788.0, (1,)))
+    if kind != "real":
+        script = (slow if kind == "slow" else echo)(language)
+        jobs = FakeJobs(script, ready=Ready("fake", 1 << 20, 2048, 1 << 30, 282_624, 118.8, 788.0, (1,)))
         jobs.jobs, jobs.cancelled = _Forgetful(), _Forgetful()
     else:
-        jobs = EngineProcess(Start("tiny-v4-flash", memory="2G", threads=1, store=store))
+        engine_client._LONGEST_PAUSE_S = _LONGEST_PAUSE_S
+        jobs = _Engine(Start("tiny-v4-flash", memory="2G", threads=1, store=store))
         await jobs.open()
-    service = Service(jobs, language, settings(keepalive_s=2.0, write_timeout_s=20.0), Metrics("tenfold-test"))
+    hasty = {} if kind == "slow" else {"keepalive_s": 2.0, "write_timeout_s": 20.0}
+    service = Service(jobs, language, settings(**hasty), Metrics(MODEL))
     made = uvicorn.Config(
         Gate(service, Keys.of(KEYS)), host="127.0.0.1", port=port, http=guarded(2400, 10.0), log_config=None,
         lifespan="off", ws="none", backlog=4096, timeout_graceful_shutdown=2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import struct
 from collections.abc import Callable
@@ -194,6 +195,55 @@ def test_what_hangs_on_nothing_is_removed_at_opening(fed: Store) -> None:
     assert not orphan.exists()
     assert len(again.index.segments()) == 1
     again.close()
+
+
+def spoil(path: Path, other: Path, dice: random.Random) -> str:
+    """Ruins a file in one of many ways; which."""
+    content = bytearray(path.read_bytes())
+    at, count = dice.randrange(len(content)), dice.randrange(1, 200)
+    how = dice.choice(("flip", "noise", "zeros", "cut", "added", "hole", "taken", "mixed"))
+    if how == "flip":
+        content[at] ^= 1 << dice.randrange(8)
+    elif how == "noise":
+        content[at : at + count] = dice.randbytes(len(content[at : at + count]))
+    elif how == "zeros":
+        content[at:] = bytes(len(content) - at)
+    elif how == "cut":
+        del content[at:]
+    elif how == "added":
+        content += dice.randbytes(count)
+    elif how == "hole":
+        del content[at : at + count]
+    elif how == "taken":
+        content[:] = other.read_bytes()
+    else:
+        content[at:] = other.read_bytes()[at:]
+    path.write_bytes(content)
+    return how
+
+
+def check_spoiled(store: Store, count: int, seed: int) -> None:
+    """What is restored is the truth (`restore` looks), whatever happened to the files, and all can be stored again."""
+    dice = random.Random(seed)
+    for number in range(count):
+        files = dice.choice((segments, points))(store)
+        path, other = dice.sample(files, 2)
+        before = path.read_bytes()
+        how = spoil(path, other, dice)
+        same = path.read_bytes() == before
+        position = restore(store, TEXT).position
+        assert position == len(TEXT) or not same, (number, how)
+        Feeder(store).feed(TEXT, FIRST)
+        assert restore(store, TEXT).position == len(TEXT), (number, how)
+
+
+def test_spoiled_files(fed: Store) -> None:
+    check_spoiled(fed, 60, seed=1)
+
+
+@pytest.mark.slow
+def test_many_spoiled_files(fed: Store) -> None:
+    check_spoiled(fed, 10_000, seed=2)
 
 
 def header(found: object, claimed_bytes: int | None = None) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -275,6 +276,36 @@ def test_killed_writers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_killed_writers(tmp_path: Path) -> None:
     check_kills(tmp_path, 200, seed=2)
+
+
+def check_crowd(folder: Path, seconds: int) -> None:
+    found = run("tests.store.together", folder / "store", seconds)
+    assert found.pop("rounds") > 0
+    assert found.pop("killed") > seconds // 3
+    assert set(found.values()) == {0}, found
+
+
+@pytest.mark.slow
+def test_four_processes_on_one_store(tmp_path: Path) -> None:
+    check_crowd(tmp_path, 600)
+
+
+def check_faults(folder: Path, stride: int) -> None:
+    found = run("tests.store.faults", folder, stride)
+    assert found["cases"] > 7 * (found["calls"] // stride - 1)
+    wrong = {name: found[name] for name in ("raised", "wrong", "not_again", "files_left_open")}
+    assert set(wrong.values()) == {0}, wrong
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def test_some_calls_fail(tmp_path: Path) -> None:
+    check_faults(tmp_path, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def test_every_call_fails(tmp_path: Path) -> None:
+    check_faults(tmp_path, 1)
 
 
 def test_two_processes_on_one_store(tmp_path: Path) -> None:

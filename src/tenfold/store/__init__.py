@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,7 @@ class Store:
         self.limit_bytes = limit_bytes
         self.warn = warn
         self._trouble = ""
-        self._unreadable: set[str] = set()  # not damaged, but this process cannot read them: no file handles left
+        self._unreadable: set[str] = set()  # for now: no file handles left, or damage that cannot be dropped
         self._lock = threading.RLock()
         if self.folder.was_open_to_others:
             warn(f"the store {folder} was open to other users; it is yours alone again (mode 0700)")
@@ -264,6 +264,7 @@ class Store:
                 return None
             self.index.add_segment(row)
         self._trouble = ""
+        self._unreadable.clear()  # the disk works: what could not be read is tried again
         return Link(key, start, stop)
 
     def add_point(
@@ -362,24 +363,31 @@ class Store:
 
     def drop_segment(self, key: str, problem: str) -> None:
         """Removes a damaged segment and says so; one that another process has evicted meanwhile is no damage."""
-        with self._dropping():  # waits for whoever is just evicting it: its file goes before its row
+
+        def drop() -> None:
             if self.index.segment(key) is not None:
                 self.warn(f"segment {key[:12]} of the store is damaged ({problem}); dropped, its text is read anew")
                 self._remove(key)
 
+        self._drop(key, drop)
+
     def drop_point(self, segment: str, position: int, problem: str) -> None:
         """Removes a damaged restore point and says so."""
-        with self._dropping():
+
+        def drop() -> None:
             if any(row.position == position for row in self.index.points_of([segment])):
                 self.warn(f"restore point {position:,} of the store is damaged ({problem}); it is dropped")
                 self._remove_point(segment, position)
 
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
+        self._drop(self.folder.point(segment, position).name, drop)
+
+    def _drop(self, name: str, drop: Callable[[], None]) -> None:
+        """Waits for whoever is just evicting the same: its file goes before its row."""
         try:
             with self.index.transaction():
-                yield
+                drop()
         except (OSError, sqlite3.Error) as exc:
+            self._unreadable.add(name)  # or it would be matched again and again
             self._trouble_with(f"damage cannot be removed: {exc}")
 
     def _trouble_with(self, what: str) -> None:

@@ -126,8 +126,10 @@ class Folder:
             os.fsync(fd)
             yield path
         finally:
-            path.unlink(missing_ok=True)
-            os.close(fd)
+            try:
+                path.unlink(missing_ok=True)
+            finally:
+                os.close(fd)
 
     def finish(self, written: Path, path: Path) -> None:
         """Gives a temporary file its name, on the disk as well."""

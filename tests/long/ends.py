@@ -1,0 +1,143 @@
+"""How answers end that do not end by themselves: clients that go away, and servers that are told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import struct
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tests.long.clients import Answer, ask, request
+from tests.long.engine import body, cached_tokens, words
+from tests.long.served import Served, auth, command, serving
+from tests.server.clock import awake_s
+
+_FREE_S = 2.0
+_ABRUPT = struct.pack("ii", 1, 0)
+
+
+async def _leave(port: int, dice: random.Random) -> str:
+    """One request that is given up at a random point; what had come of it by then."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    asked = body(words(dice.choice((5, 50, 500, 4000)), dice.randrange(1000)), 4000, stream=dice.random() < 0.7)
+    writer.write(request("/v1/completions", asked))
+    got = b""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(dice.uniform(0, 2)):
+            while piece := await reader.read(65536):
+                got += piece
+    if dice.random() < 0.5:
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABRUPT)
+    writer.close()
+    return "decode" if b'"text"' in got else "head" if got else "nothing"
+
+
+def _gauge(served: Served, name: str) -> float:
+    page = httpx.get(f"{served.url}/metrics", headers=auth(), trust_env=False, timeout=60).text
+    return float(next(line for line in page.splitlines() if line.startswith(name)).split()[-1])
+
+
+def _jobs(served: Served) -> float:
+    return _gauge(served, "vllm:num_requests_running") + _gauge(served, "vllm:num_requests_waiting")
+
+
+def disconnects(count: int = 500, at_once: int = 10) -> dict[str, Any]:
+    """R11: clients that go away in the queue, while their prompt is read and while tokens come, some abruptly."""
+    dice = random.Random(1)
+    when: list[str] = []
+    slowest, late = 0.0, 0
+
+    with serving("real") as served:
+        whole = asyncio.run(ask(served.port, "/v1/completions", body("Once", 8)))
+        idle_bytes, files = _gauge(served, "tenfold:kv_bytes"), served.files()
+
+        async def some() -> list[str]:
+            return await asyncio.gather(*(_leave(served.port, dice) for _ in range(at_once)))
+
+        for _ in range(0, count, at_once):
+            when += asyncio.run(some())
+            began = awake_s()
+            while _jobs(served):
+                assert awake_s() - began < 60, "what nobody waits for goes on"
+                time.sleep(0.05)
+            slowest = max(slowest, awake_s() - began)
+            late += awake_s() - began > _FREE_S
+        time.sleep(1)
+        found = {
+            "disconnects": len(when),
+            **{f"with_{kind}_received": when.count(kind) for kind in ("nothing", "head", "decode")},
+            "freed_after_s_most": round(slowest, 2),
+            "freed_late": late,
+            "kv_bytes_left": _gauge(served, "tenfold:kv_bytes") - idle_bytes,
+            "files_more": served.files() - files,
+        }
+        again = asyncio.run(ask(served.port, "/v1/completions", body("Once", 8)))
+        assert again.text == whole.text, (again, whole)
+    assert not late, found
+    assert not found["kv_bytes_left"], found
+    assert found["files_more"] <= 0, found
+    return found
+
+
+async def _signalled(served: Served, signals: tuple[int, ...], tokens: int) -> tuple[list[Answer], int, float]:
+    """16 streams, a signal under way, perhaps a second one: their ends, the status of a request that came after the
+    first, and how long the process lived on after the last."""
+    running = [asyncio.create_task(ask(served.port, "/v1/completions", body(words(20, i), tokens))) for i in range(16)]
+    await asyncio.sleep(1.0)
+    os.kill(served.process.pid, signals[0])
+    await asyncio.sleep(0.2)
+    refused = 503
+    with contextlib.suppress(OSError):
+        refused = (await ask(served.port, "/v1/completions", body("Once", 1))).status
+    for number in signals[1:]:
+        os.kill(served.process.pid, number)
+    began = awake_s()
+    await asyncio.to_thread(served.process.wait, 120)
+    lived = awake_s() - began
+    return await asyncio.gather(*running), refused, lived
+
+
+def signals(times: int = 50) -> dict[str, Any]:
+    """R17: SIGTERM or SIGINT under 16 streams: with time enough, with one second, and a second time.
+
+    All on one store: what was read before is found at each next start.
+    """
+    ways = {
+        "in time": ((signal.SIGTERM,), 300, "60"),
+        "out of time": ((signal.SIGINT,), 100_000, "1"),
+        "twice": ((signal.SIGTERM, signal.SIGTERM), 100_000, "60"),
+    }
+    counts = {"whole": 0, "told": 0, "tidy_but_cut": 0, "untold": 0}
+    found: dict[str, Any] = {"times": times, "exit_codes": [], "taken_after": 0, "children_left": 0, "not_found": 0}
+    longest = dict.fromkeys(ways, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(times):
+            name = list(ways)[turn % len(ways)]
+            sent, tokens, drain = ways[name]
+            with command(folder, "--store", f"{folder}/store", "--drain", drain) as served:
+                if turn > 0:
+                    first = asyncio.run(ask(served.port, "/v1/completions", body(words(20, 0), 1)))
+                    found["not_found"] += not cached_tokens(first)
+                engine = served.engine_pid()
+                answers, refused, lived = asyncio.run(_signalled(served, sent, tokens))
+                found["taken_after"] += refused != 503
+                found["exit_codes"].append(served.process.returncode)
+                found["children_left"] += Path(f"/proc/{engine}").exists()
+                longest[name] = max(longest[name], lived)
+                for answer in answers:
+                    kind = "whole" if answer.error is None else "tidy_but_cut"
+                    counts[kind if answer.done else "told" if answer.error else "untold"] += 1
+    found |= {**counts, **{f"{name}_lived_s_most": round(seconds, 1) for name, seconds in longest.items()}}
+    found["exit_codes"] = sorted(set(found["exit_codes"]))
+    assert found["exit_codes"] == [0], found
+    assert not any(found[key] for key in ("taken_after", "children_left", "not_found", "tidy_but_cut")), found
+    assert counts["whole"] >= 16 * len(range(0, times, len(ways))), found
+    return found

@@ -1,0 +1,134 @@
+"""Programs that we did not write, as their users run them: codex, guidellm, genai-bench. Found on the PATH, or not run.
+
+    npm install @openai/codex; pip install genai-bench; pip install guidellm (with a CPU build of torch)
+    PATH=... python -m tests.long codex guidellm genai-bench
+
+Each in an environment of its own. They must see no error, and count the tokens that the server counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.long.served import KEYS, MODEL, command, serving
+
+from tenfold import config
+
+TOKENIZER = str(config.locate("tiny-v4-flash"))
+LONGEST_S = 1200
+_NOT_RUN = {"ok": None, "not_run": "the program is not on the PATH"}
+_LINE = re.compile(r" prompt=(\d+) cached=\d+ completion=(\d+) .*finish=(\w+)")
+
+
+def counted(folder: str) -> dict[str, int]:
+    """By the log of the server: how many answers ended how, and the tokens of those that nobody cut short."""
+    lines = _LINE.findall(Path(folder, "log").read_text())
+    whole = [(int(prompt), int(completion)) for prompt, completion, how in lines if how in ("stop", "length")]
+    tokens = {"input_tokens": sum(pair[0] for pair in whole), "output_tokens": sum(pair[1] for pair in whole)}
+    return {"answers": len(whole), **tokens, **Counter(how for *_, how in lines if how not in ("stop", "length"))}
+
+
+def run(words: list[str], folder: str, **environment: str) -> str:
+    """What the program says on stdout."""
+    more = {"HF_HUB_OFFLINE": "1", "TENFOLD_API_KEY": KEYS[0], "NO_COLOR": "1", **environment}
+    done = subprocess.run(
+        words, env={**os.environ, **more}, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=LONGEST_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout[-1500:], done.stderr[-1500:])
+    return done.stdout
+
+
+def _ask_codex(url: str, question: str, folder: str) -> dict[str, Any]:
+    """One turn of codex, which waits 20 seconds for an event, and has no second try."""
+    home = Path(folder, "codex")
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'model = "{MODEL}"\nmodel_provider = "tenfold"\n[model_providers.tenfold]\nname = "tenfold"\n'
+        f'base_url = "{url}/v1"\nwire_api = "responses"\nenv_key = "TENFOLD_API_KEY"\n'
+        "stream_idle_timeout_ms = 20000\nstream_max_retries = 0\nrequest_max_retries = 0\n"
+    )
+    words = ["codex", "exec", "--json", "--skip-git-repo-check", "-s", "read-only", question]
+    events = [json.loads(line) for line in run(words, str(home), CODEX_HOME=str(home)).splitlines()]
+    said = [event["item"]["text"] for event in events if event.get("item", {}).get("type") == "agent_message"]
+    usage = next(event["usage"] for event in events if event["type"] == "turn.completed")
+    return {"said": "".join(said), **{name: usage[name] for name in ("input_tokens", "output_tokens")}}
+
+
+def codex() -> dict[str, Any]:
+    """An engine that reads for 65 seconds, then the embedded model and as long a prompt as a command line holds."""
+    if shutil.which("codex") is None:
+        return _NOT_RUN
+    began = time.monotonic()
+    with serving("slow") as served, tempfile.TemporaryDirectory() as folder:
+        slow = _ask_codex(served.url, "Say hello.", folder)
+    waited_s = time.monotonic() - began
+    assert slow["said"] == "All is well.", slow
+    assert waited_s > 65
+    text = " ".join(f"Row {number} is locked." for number in range(5000))
+    with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
+        real = _ask_codex(served.url, text, folder)
+        ours = counted(folder)
+    assert {name: real[name] for name in ("input_tokens", "output_tokens")} == {
+        name: ours[name] for name in ("input_tokens", "output_tokens")
+    }, (real, ours)
+    return {"silent_s": 65, "waited_s": round(waited_s, 1), "of_the_embedded_model": ours}
+
+
+def guidellm() -> dict[str, Any]:
+    """40 requests of 256 tokens in, 32 out, four at a time."""
+    if shutil.which("guidellm") is None:
+        return _NOT_RUN
+    with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
+        words = [
+            *("guidellm", "run", "--backend", f"kind=openai_http,target={served.url},model={MODEL},api_key={KEYS[0]}"),
+            *("--data", "kind=synthetic_text,prompt_tokens=256,output_tokens=32"),
+            *("--tokenizer", f"kind=huggingface_auto,model={TOKENIZER}"),
+            *("--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=40"),
+            *("--output", f"kind=json,path={folder}/found.json", "--disable-console"),
+        ]
+        run(words, folder)
+        found = json.loads(Path(folder, "found.json").read_text())["benchmarks"][0]["metrics"]
+        ours = counted(folder)
+    theirs = {
+        "answers": found["request_totals"]["successful"],
+        "input_tokens": int(found["prompt_token_count"]["total"]["total_sum"]),
+        "output_tokens": int(found["output_token_count"]["total"]["total_sum"]),
+    }
+    assert found["request_totals"]["errored"] == 0, found["request_totals"]
+    assert ours == theirs, (ours, theirs)
+    return {"errors": 0, **ours}
+
+
+def genai_bench() -> dict[str, Any]:
+    """40 requests of 256 tokens in, 32 out, four at a time; at its end it leaves some that it has begun."""
+    if shutil.which("genai-bench") is None:
+        return _NOT_RUN
+    with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
+        words = [
+            *("genai-bench", "benchmark", "--api-backend", "openai", "--api-base", served.url, "--api-key", KEYS[0]),
+            *("--task", "text-to-text", "--api-model-name", MODEL, "--model", MODEL, "--model-tokenizer", TOKENIZER),
+            *("--num-concurrency", "4", "--traffic-scenario", "D(256,32)", "--max-time-per-run", "10"),
+            *("--max-requests-per-run", "40", "--experiment-base-dir", f"{folder}/found", "--log-dir", folder),
+        ]
+        run(words, folder)
+        report = next(path for path in Path(folder, "found").rglob("*.json") if "text-to-text_num" in path.name)
+        found = json.loads(report.read_text())["aggregated_metrics"]
+        ours = counted(folder)
+    theirs = {
+        "answers": found["num_completed_requests"],
+        "input_tokens": int(found["stats"]["num_input_tokens"]["sum"]),
+        "output_tokens": int(found["stats"]["num_output_tokens"]["sum"]),
+    }
+    assert found["num_error_requests"] == 0, found["error_codes_frequency"]
+    assert {name: ours[name] for name in theirs} == theirs, (ours, theirs)
+    return {"errors": 0, **ours}
