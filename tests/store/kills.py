@@ -31,6 +31,7 @@ CHUNK_TOKENS = 600
 TEXT_TOKENS = 2400
 LONGEST_S = 0.12
 """A writer lives so long at most: a dozen appends."""
+_PATIENCE = 10
 
 
 def text(number: int) -> list[int]:
@@ -83,12 +84,16 @@ def killed(write: Writer, folder: Path, first: int, wait_s: float) -> list[tuple
 
 
 def kills(folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Kills `count` writers of the store and as many naive ones; counts what is wrong afterwards."""
+    """Kills `count` writers of the store and as many naive ones; counts what is wrong afterwards.
+
+    More where writers are so starved that they do not finish one append each on average.
+    """
     generator = np.random.default_rng(seed)
-    found = {"kills": count, "corrupt": 0, "lost": 0, "temporaries_left": 0, "temporaries_swept": 0, "warnings": 0,
+    found = {"kills": 0, "corrupt": 0, "lost": 0, "temporaries_left": 0, "temporaries_swept": 0, "warnings": 0,
              "reported_appends": 0, "naive_corrupt": 0}  # fmt: skip
-    for kill in range(count):
-        first = kill * 1000
+    while found["kills"] < count or count * _PATIENCE > found["kills"] >= found["reported_appends"]:
+        first = found["kills"] * 1000
+        found["kills"] += 1
         reported = killed(write_store, folder / "store", first, generator.uniform(0, LONGEST_S))
         found["reported_appends"] += len(reported)
         found["temporaries_swept"] += len(list((folder / "store").glob("temporary/*")))
