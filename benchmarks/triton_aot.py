@@ -131,42 +131,50 @@ def linear_cases() -> Iterator[Case]:
                 given |= {"x": "*bf16"}
             constants = {"GROUPS": 1, "K": HIDDEN, "FORMAT": form, "PARTS": parts, **sizes(t)}
             yield Case(f"linear {name}, {n} rows, {parts} parts", linear.linear_kernel, given, constants, **t.options)
-        types_each = {"x": "*fp32" if n == 1 else "*bf16", "table": "*i64", "out": "*fp32", "n": "i32"}
+        types_each = {"x": "*fp32" if n == 1 else "*bf16", "norm": "*fp32", "eps": "fp32", "table": "*i64",
+                      "out": "*fp32", "n": "i32"}  # fmt: skip
         t = linear.tiles(n, HIDDEN, 2 | 4)
-        constants = {"COUNT": 8, "K": HIDDEN, "FORMATS": 2 | 4, "PARTS": parts, **sizes(t)}
+        constants = {"NORMED": False, "COUNT": 8, "K": HIDDEN, "FORMATS": 2 | 4, "PARTS": parts, **sizes(t)}
         name = f"linear_each fp8 and bf16, {n} rows, {parts} parts"
         yield Case(name, linear.linear_each_kernel, types_each, constants, **t.options)
+        if n == 1:
+            normed = constants | {"NORMED": True, "COUNT": 2, "FORMATS": 4, "K": LATENT}
+            yield Case(f"norm and {name}", linear.linear_each_kernel, types_each, normed, **t.options)
 
 
 def expert_cases() -> Iterator[Case]:
-    pointers = {"x": "*fp32", "weights": "*fp32", "table": "*i64", "order": "*i32", "blocks": "*i32", "out": "*bf16"}
+    pointers = {"x": "*fp32", "weights": "*fp32", "table": "*i64", "ids": "*i64", "order": "*i32", "blocks": "*i32",
+                "out": "*bf16"}  # fmt: skip
     numbers = dict.fromkeys(("n", "num_blocks", "inner", "shared_inner", "hidden"), "i32") | {"limit": "fp32"}
     shared = {"shared_table": "*i64", "shared_out": "*bf16"}
     fp8, mxfp4 = linear.AS_FP8.value, linear.AS_MXFP4.value
-    for rows_each in (1, 33, 96):
+    for rows_each, direct in ((1, True), (1, False), (33, False), (96, False)):
+        choices = {"TOPK": TOPK, "EXPERTS": EXPERTS, "DIRECT": direct}
+        label = "one token" if direct else f"{rows_each} rows an expert"
         t = linear.tiles(rows_each, HIDDEN, 4 | 16)
         t = replace(t, n=min(t.n, 64))
         types = pointers | numbers | shared | ({} if rows_each == 1 else {"x": "*bf16"})
-        constants = {"TOPK": TOPK, "K": HIDDEN, "LIMITED": True, "PARTS": 1, "FORMAT": mxfp4, "SHARED_FORMAT": fp8}
-        yield Case(
-            f"gate_up, {rows_each} rows an expert", experts.gate_up_kernel, types, constants | sizes(t), **t.options
-        )
-        types = types | {"gated": "*bf16", "shared_gated": "*bf16", "out": "*fp32", "shared_out": "*fp32"}
-        constants = {"K": INNER, "SHARED_K": INNER, "PARTS": 1, "FORMAT": mxfp4, "SHARED_FORMAT": fp8}
-        yield Case(f"down, {rows_each} rows an expert", experts.down_kernel, types, constants | sizes(t), **t.options)
+        if direct:
+            types |= {"order": "*i64", "blocks": "*i64"}
+        constants = choices | {"K": HIDDEN, "LIMITED": True, "PARTS": 1, "FORMAT": mxfp4, "SHARED_FORMAT": fp8}
+        yield Case(f"gate_up, {label}", experts.gate_up_kernel, types, constants | sizes(t), **t.options)
+        types = types | {"gated": "*bf16", "shared_gated": "*bf16", "out": "*fp32"}
+        constants = choices | {"LINES": TOPK + 1, "K": INNER, "SHARED_K": INNER, "PARTS": 1, "FORMAT": mxfp4,
+                               "SHARED_FORMAT": fp8}  # fmt: skip
+        yield Case(f"down, {label}", experts.down_kernel, types, constants | sizes(t), **t.options)
     types = {"ids": "*i64", "counts": "*i32", "order": "*i32", "blocks": "*i32", "pairs": "i32", "num_blocks": "i32"}
     bins = {"EXPERTS": EXPERTS, "BINS": 2 * EXPERTS, "CHUNK": 256}
     for alone in (True, False):
         name = "plan, one chunk" if alone else "plan, many chunks"
         yield Case(name, experts.plan_kernel, types, bins | {"BM": 16, "ALONE": alone, "SLAB": 16})
     yield Case("plan, counts", experts.count_kernel, types, bins)
-    types = {"y": "*fp32", "shared": "*fp32", "out": "*fp32", "numbers": "i32", "hidden": "i32"}
-    yield Case("sum of experts", experts.sum_kernel, types, {"TOPK": TOPK, "SHARED": True, "BLOCK": 1024})
+    types = {"y": "*fp32", "out": "*fp32", "numbers": "i32", "hidden": "i32"}
+    yield Case("sum of experts", experts.sum_kernel, types, {"LINES": TOPK + 1, "BLOCK": 1024})
 
 
 def other_cases() -> Iterator[Case]:
     pointers = ("streams", "fn", "flat", "logits", "squares", "scale", "base", "norm", "x", "post", "combination", "y",
-                "out", "bias", "weights", "weight", "frequencies", "values", "gates", "table")  # fmt: skip
+                "out", "merged", "bias", "weights", "weight", "frequencies", "values", "gates", "table")  # fmt: skip
     numbers = (
         "n",
         "per_split",
@@ -185,12 +193,15 @@ def other_cases() -> Iterator[Case]:
         "positions": "*i64",
         "packed": "*u8",
     }
-    project = {"PER_SPLIT": 256, "K": 4 * HIDDEN, "OUTPUTS": 24, "BO": 32, "BM": 16, "BK": 128}
-    yield Case("hyper project", hyper.project_kernel, types, project)
+    project = {"TILES": 2, "M": 4, "D": HIDDEN, "OUTPUTS": 24, "BO": 32, "BM": 16, "BK": 128}
+    for name, parts in (("", 0), (" after attention", 1), (" after experts", TOPK + 1)):
+        sizes_of = project | {"PARTS": parts, "BK": 64 if parts else 128}
+        warps, stages = (8, 1) if parts else (4, 3)
+        yield Case(f"hyper project{name}", hyper.project_kernel, types, sizes_of, warps, stages)
     finish = {"M": 4, "BS": 4, "D": HIDDEN, "BD": HIDDEN, "BT": 1, "OUTPUTS": 24, "SPLITS": 64, "ITERATIONS": 20}
     yield Case("hyper finish", hyper.finish_kernel, types, finish, num_warps=8)
     yield Case("hyper collapse", hyper.finish_kernel, types, finish | {"OUTPUTS": 4, "ITERATIONS": 0}, num_warps=8)
-    yield Case("hyper merge", hyper.merge_kernel, types, {"M": 4, "D": HIDDEN, "BD": 1024, "BT": 1})
+    yield Case("hyper merge", hyper.merge_kernel, types, {"M": 4, "D": HIDDEN, "PARTS": 1, "BD": 1024, "BT": 1})
     choose = {"BIASED": True, "TOPK": TOPK, "BK": 8, "BT": 1, "SOFTPLUS": True}
     one = {"GROUPS": 1, "BG": 1, "EACH": EXPERTS, "BE": EXPERTS, "TOPK_GROUP": 1}
     eight = {"GROUPS": 8, "BG": 8, "EACH": 32, "BE": 32, "TOPK_GROUP": 4, "SOFTPLUS": False, "TOPK": 8}
@@ -236,6 +247,8 @@ def row_cases(types: dict[str, str]) -> Iterator[Case]:
         yield Case(f"norm_rope_pack {layout.name}", rows.turn_kernel, packing, norm | shape | {"FINISH": 2})
         if spread:
             yield Case(f"rope_round {layout.name}", rows.turn_kernel, types, nothing | shape | {"FINISH": 1})
+            met = types | {"out": "*bf16"}
+            yield Case(f"rope_meet {layout.name}", rows.turn_kernel, met, nothing | shape | {"FINISH": 3})
         constants = {name: shape[name] for name in (*names[:3], *names[4:8], "WIDTH", "BW", "BR")}
         yield Case(f"unpack_rows {layout.name}", rows.unpack_kernel, types, constants)
     turn = {"PAIRS": 32, "BP": 32, "BR": 16, "INVERSE": False, "INTERLEAVED": True}
@@ -270,14 +283,15 @@ def attention_cases() -> Iterator[Case]:
 
 
 def index_cases() -> Iterator[Case]:
-    types = {"q": "*bf16", "weights": "*fp32", "visible": "*i64", "out": "*fp32", "n": "i32", "pitch": "i32"}
+    types = {"q": "*bf16", "weights": "*fp32", "visible": "*i64", "out": "*fp32", "bins": "*i32", "n": "i32",
+             "pitch": "i32", "factor": "fp32"}  # fmt: skip
     for layout in (index_key_fp4(128), index_key_fp8(128)):
         shape = {"CODE_BITS": layout.code_bits, "ROW_BYTES": layout.row_bytes, "SCALE_OFFSET": layout.scale_offset,
                  "SCALE_BYTES": layout.scale_bytes, "BLOCK": layout.block, "H": 64, "HP": 64, "D": 128, "DP": 128,
                  "BN": index._KEYS}  # fmt: skip
         for each in (True, False):
             given = types | {"keys": "*i64" if each else "*u8"}
-            constants = shape | {"EACH": each, "QUERIES": 1 if each else index._QUERIES}
+            constants = shape | {"EMPTIED": topk._BINS, "EACH": each, "QUERIES": 1 if each else index._QUERIES}
             label = f"index scores {layout.name}, {'a query of each session' if each else 'many queries'}"
             yield Case(label, index._scores, given, constants)
     types = dict.fromkeys(("bins", "counts", "out"), "*i32") | {"scores": "*fp32", "visible": "*i64"}
@@ -301,7 +315,14 @@ def session_cases() -> Iterator[Case]:
         ("keys", index_key_fp4(128), 4, True, True),
     ):
         yield Case(f"compress a token each, {name}", sessions._compress, types,
-                   sessions._sizes(layout, ratio, overlap, spread, 32))  # fmt: skip
+                   {"RATIO": ratio, "OVERLAP": overlap, **sessions._sizes(layout, spread, 32)})  # fmt: skip
+    types |= {f"key_{name}": types[name] for name in ("values", "gates", "ape", "states", "norm")}
+    types |= {"row": "*fp32", "row_norm": "*fp32", "rings": "*i64", "keys": "*i64"}
+    rows_sizes = sessions._sizes(kv_row_v4(512, 64), False, 32)
+    keys_sizes = {f"KEY_{name}": size for name, size in sessions._sizes(index_key_fp4(128), True, 32).items()}
+    for name, groups, ratio in (("csa", 2, 4), ("hca", 1, 128), ("window", 0, 1)):
+        constants = {"RING": 128, "GROUPS": groups, "RATIO": ratio, "OVERLAP": groups == 2, **rows_sizes, **keys_sizes}
+        yield Case(f"enter a token each, {name}", sessions._enter, types, constants)
 
 
 def sizes(t: linear.Tiles) -> dict[str, int]:

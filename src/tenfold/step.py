@@ -79,8 +79,9 @@ class Span:
             found = self._bounds["window", width] = ((stop - width).clamp(min=0), stop)
         return found
 
-    def seen_window(self, layer: int, rows: Tensor) -> Rows:
+    def seen_window(self, layer: int, rows: Tensor | None) -> Rows:
         """The tokens' rows enter the layer's ring; what each token sees of it."""
+        assert rows is not None, "only of a batch are they there already"
         ring = self.streams.window(layer)
         return Rows(ring.extend(rows, self.position), ring.layout, *self.window(ring.window))
 
@@ -134,11 +135,11 @@ class BatchSpan:
             found = self._bounds["window", width] = (stop - (self.position + 1).clamp(max=width), stop)
         return found
 
-    def seen_window(self, layer: int, rows: Tensor) -> Rows:
-        """As `Span.seen_window`."""
+    def seen_window(self, layer: int, rows: Tensor | None) -> Rows:
+        """As `Span.seen_window`; None: the rows are there already."""
         ring = self.streams.window(layer)
         start, stop = self.window(ring.most)
-        return Rows(ring.extend(rows), ring.layout, start, stop, most=ring.most)
+        return Rows(ring.packed if rows is None else ring.extend(rows), ring.layout, start, stop, most=ring.most)
 
     def within(self, start: int, stop: int) -> BatchSpan:
         """All of it: a batch is one tile."""

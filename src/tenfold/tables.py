@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tenfold.config import ModelConfig
 from tenfold.formats import RowLayout, exact_layout
-from tenfold.ops import BatchOps, Ops, Weight
+from tenfold.ops import BatchOps, Group, Ops, Weight
 from tenfold.streams import Streams
 
 __all__ = ["TableRows", "TableState", "TableWindow", "Tables"]
@@ -63,6 +63,10 @@ class TableState:
     ratio: int
     overlap: bool
     tables: Tables
+
+    def group(self, values: Tensor, gates: Tensor, ape: Weight, rows: TableRows, norm: Weight, spread: bool) -> Group:
+        """A token of each as `FusedOps.enter` takes it."""
+        return Group(values, gates, ape, self.addresses, rows.packed, norm, rows.layout, spread)
 
     def extend(
         self,

@@ -13,12 +13,12 @@ from torch.nn.functional import pad
 
 from tenfold.config import RopeSpec
 from tenfold.formats import RowLayout, exact_layout
-from tenfold.ops import BatchOps, Experts, Ops, Rows, Weight
+from tenfold.ops import BatchOps, Experts, FusedOps, Ops, Rows, Weight
 from tenfold.step import BatchSpan, Span, Step
 from tenfold.streams import GrowingRows
 from tenfold.tables import TableRows
 
-__all__ = ["Binder", "Layer", "attend", "rope_frequencies", "select", "through_layers"]
+__all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "through_layers"]
 
 
 _CPU = torch.device("cpu")
@@ -86,6 +86,12 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
             if step.pace is not None:
                 step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
     return h
+
+
+def fused(ops: Ops, step: Step) -> FusedOps | None:
+    """What does in one launch what others do in several, where the step is one over tables and the backend has it."""
+    batch = isinstance(step.spans[0], BatchSpan)
+    return cast(FusedOps, ops) if batch and hasattr(ops, "hc_merge_mix") else None
 
 
 def attend(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import F32
-from tenfold.models.blocks import Binder, attend, select, through_layers
-from tenfold.ops import Rows, Weight
+from tenfold.models.blocks import Binder, attend, fused, select, through_layers
+from tenfold.ops import Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
 
 __all__ = ["DeepseekV32"]
@@ -69,6 +69,8 @@ class Attention:
         self.layout = bind.layout(layer.stream("rows").layout)
         self.frequencies = bind.frequencies(layer.rope)
         self.indexer = Indexer(config, layer, bind, prefix + "indexer.")
+        self.inputs = Stack((self.q_a_proj, self.kv_a_proj_with_mqa, self.indexer.wk, self.indexer.weights_proj))
+        self.queries = Stack((self.q_b_proj, self.indexer.wq_b))
 
     def _absorbed(self, bind: Binder, name: str) -> tuple[Weight, Weight]:
         """kv_b_proj as two grouped projections, one a head: nope -> latent for keys, latent -> value."""
@@ -85,24 +87,35 @@ class Attention:
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
         ops = self.ops
-        q_latent = ops.rms_norm(ops.linear(x, self.q_a_proj), self.q_a_layernorm, _INNER_NORM_EPS)
-        q = self._queries(q_latent, step)
-        rows = self._rows(x, step)
-        chosen = self.indexer.select(x, q_latent, step)
-        out = torch.cat([self._attend(q[s.rows], rows[s.rows], s, chosen[i], step) for i, s in enumerate(step.spans)])
+        q, q_index, row, key, weights = self._projected(x, step)
+        q = self._queries(q, step)
+        rows = self._rows(row, step)
+        chosen = self.indexer.select(q_index, key, weights, step)
+        outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i], step) for i, s in enumerate(step.spans)]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return ops.linear(ops.grouped_linear(out, self.v_up), self.o_proj)
 
-    def _queries(self, q_latent: Tensor, step: Step) -> Tensor:
+    def _projected(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """Queries of attention and of the indexer, the latent row, the index key and the weights of index heads."""
+        ops, one = self.ops, fused(self.ops, step)
+        if one is not None:
+            q_latent, *others = one.linear_each(x, self.inputs)
+            return (*one.norm_linear_each(q_latent, self.q_a_layernorm, _INNER_NORM_EPS, self.queries), *others)
+        q_latent, *others = (ops.linear(x, weight) for weight in self.inputs.weights)
+        q_latent = ops.rms_norm(q_latent, self.q_a_layernorm, _INNER_NORM_EPS)
+        return (*(ops.linear(q_latent, weight) for weight in self.queries.weights), *others)
+
+    def _queries(self, q: Tensor, step: Step) -> Tensor:
         """[n, heads, kv_lora_rank + rope]: the nope part carried into the latent space, the rope part rotated."""
         c, ops = self.config, self.ops
-        q = ops.linear(q_latent, self.q_b_proj).view(q_latent.shape[0], c.num_attention_heads, -1)
+        q = q.view(q.shape[0], c.num_attention_heads, -1)
         nope, rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=2)
         nope = ops.grouped_linear(nope, self.k_up).view(q.shape[0], c.num_attention_heads, c.kv_lora_rank)
         return torch.cat([nope, ops.rope(rope, step.positions, self.frequencies)], dim=2)
 
-    def _rows(self, x: Tensor, step: Step) -> Tensor:
+    def _rows(self, row: Tensor, step: Step) -> Tensor:
         c, ops = self.config, self.ops
-        latent, rope = ops.linear(x, self.kv_a_proj_with_mqa).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=1)
+        latent, rope = row.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=1)
         latent = ops.rms_norm(latent, self.kv_a_layernorm, _INNER_NORM_EPS)
         return ops.pack_rows(torch.cat([latent, ops.rope(rope, step.positions, self.frequencies)], 1), self.layout)
 
@@ -127,16 +140,18 @@ class Indexer:
         # Unquantised, the Hadamard transform cancels between query and key.
         self.spread = not bind.exact
 
-    def select(self, x: Tensor, q_latent: Tensor, step: Step) -> list[Tensor]:
-        """New keys enter the streams; then int32 [tokens, up to index_topk] positions for each span, -1 = none."""
+    def select(self, q: Tensor, key: Tensor, weights: Tensor, step: Step) -> list[Tensor]:
+        """Of what `wq_b`, `wk` and `weights_proj` make of the tokens: new keys enter the streams.
+
+        Then int32 [tokens, up to index_topk] positions for each span, -1 = none.
+        """
         c, ops = self.config, self.ops
-        q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
-        q = self._rotated(q, step)
+        q = self._rotated(q.view(-1, c.index_n_heads, c.index_head_dim), step)
         if self.spread:
             q = ops.unpack_rows(ops.pack_rows(q, self.layout), self.layout)
-        key = ops.layer_norm(ops.linear(x, self.wk), self.k_norm_weight, self.k_norm_bias, _INNER_NORM_EPS)
+        key = ops.layer_norm(key, self.k_norm_weight, self.k_norm_bias, _INNER_NORM_EPS)
         keys = ops.pack_rows(self._rotated(key, step), self.layout)
-        weights = ops.linear(x, self.weights_proj) * (c.index_head_dim * c.index_n_heads) ** -0.5
+        weights = weights * (c.index_head_dim * c.index_n_heads) ** -0.5
         return [self._select(q[span.rows], weights[span.rows], keys[span.rows], span, step) for span in step.spans]
 
     def _rotated(self, x: Tensor, step: Step) -> Tensor:

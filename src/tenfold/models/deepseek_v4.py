@@ -6,17 +6,21 @@ Attribute names are the checkpoint's tensor names. Knows nothing of sessions bey
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
 from tenfold.errors import CheckpointError
-from tenfold.models.blocks import Binder, attend, select, through_layers
-from tenfold.ops import Rows, Stack, Weight
+from tenfold.models.blocks import Binder, attend, fused, select, through_layers
+from tenfold.ops import FusedOps, Group, Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
 
 __all__ = ["DeepseekV4"]
+
+Merge = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Streams, a sub-layer's output, post and combination: the arguments of `hc_merge`."""
 
 
 class DeepseekV4:
@@ -35,7 +39,9 @@ class DeepseekV4:
     def forward(self, step: Step) -> Tensor:
         """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
         c, ops = self.config, self.ops
-        h = through_layers(self.blocks, self._streams(step), step)
+        one = fused(ops, step)
+        h = self._streams(step)
+        h = through_layers(self.blocks, h, step) if one is None else self._through(one, h, step)
         x = ops.hc_collapse(
             h[step.wanted],
             self.hc_head_fn,
@@ -46,6 +52,15 @@ class DeepseekV4:
             eps=c.hc_eps,
         )
         return ops.linear(x, self.head)
+
+    def _through(self, one: FusedOps, h: Tensor, step: Step) -> Tensor:
+        """`through_layers` for a batch, each merge within the next mapping."""
+        merge = None
+        for block in self.blocks:
+            merge = block.forward_fused(one, h, merge, step)
+            h = merge[0]
+            step.breathe()
+        return h if merge is None else one.hc_merge(*merge)
 
     def _streams(self, step: Step) -> Tensor:
         """The residual streams [n, hc_mult, hidden], copies of the embeddings at first; made tile by tile, so that
@@ -82,6 +97,16 @@ class Block:
         y = self.ffn.forward(x, step)
         return self.ops.hc_merge(h, y, post, combination)
 
+    def forward_fused(self, one: FusedOps, h: Tensor, merge: Merge | None, step: Step) -> Merge:
+        """The same for a batch: `merge` is what the layer before left to be merged, and so is what comes back."""
+        if merge is None:
+            x, post, combination = self.hc_attn.mix(h, self.attn_norm)
+        else:
+            h, x, post, combination = self.hc_attn.merge_mix(one, merge, self.attn_norm)
+        merge = h, self.attn.forward(x, step), post, combination
+        h, x, post, combination = self.hc_ffn.merge_mix(one, merge, self.ffn_norm)
+        return h, self.ffn.forward(x, step), post, combination
+
 
 class HyperConnection:
     """The learned mapping between the residual streams and one sub-layer (spec 2.1)."""
@@ -92,17 +117,16 @@ class HyperConnection:
 
     def mix(self, h: Tensor, norm: Weight) -> tuple[Tensor, Tensor, Tensor]:
         """The sub-layer's input, normed, and what `hc_merge` needs afterwards."""
+        return self.ops.hc_mix(h, self.fn, self.base, self.scale, norm, **self._words)
+
+    def merge_mix(self, one: FusedOps, merge: Merge, norm: Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The streams that the last sub-layer leaves behind, and `mix` of them."""
+        return one.hc_merge_mix(*merge, self.fn, self.base, self.scale, norm, **self._words)
+
+    @property
+    def _words(self) -> dict[str, Any]:
         c = self.config
-        return self.ops.hc_mix(
-            h,
-            self.fn,
-            self.base,
-            self.scale,
-            norm,
-            norm_eps=c.rms_norm_eps,
-            eps=c.hc_eps,
-            iterations=c.hc_sinkhorn_iters,
-        )
+        return {"norm_eps": c.rms_norm_eps, "eps": c.hc_eps, "iterations": c.hc_sinkhorn_iters}
 
 
 class Attention:
@@ -125,12 +149,15 @@ class Attention:
         compressed = () if self.compressor is None else self.compressor.inputs
         indexed = () if self.indexer is None else self.indexer.inputs
         self.inputs = Stack((self.wq_a, self.wkv, *compressed, *indexed))
+        self.queries = Stack((self.wq_b, *(() if self.indexer is None else (self.indexer.wq_b,))))
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
         c, ops = self.config, self.ops
-        n = x.shape[0]
+        n, one = x.shape[0], fused(ops, step)
         q_latent, row, *compressed = ops.linear_each(x, self.inputs)
+        if one is not None:
+            return self._forward_fused(one, q_latent, row, compressed, step)
         q_latent = ops.rms_norm(q_latent, self.q_norm, c.rms_norm_eps)
         q = ops.linear(q_latent, self.wq_b).view(n, c.num_attention_heads, c.head_dim)
         q = ops.norm_rope(q, None, c.rms_norm_eps, step.positions, self.frequencies)
@@ -151,10 +178,39 @@ class Attention:
             values, gates, weights = compressed
             chosen = self.indexer.select(values, gates, weights, q_latent, step)
         outs = [self._attend(q[s.rows], rows[s.rows], s, chosen[i], step) for i, s in enumerate(step.spans)]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return ops.linear(ops.grouped_linear(out.view(n, c.o_groups, -1), self.wo_a), self.wo_b)
+        return self._out(outs[0] if len(outs) == 1 else torch.cat(outs))
 
-    def _attend(self, q: Tensor, rows: Tensor, span: Span | BatchSpan, chosen: Tensor | None, step: Step) -> Tensor:
+    def _forward_fused(
+        self, one: FusedOps, q_latent: Tensor, row: Tensor, compressed: Sequence[Tensor], step: Step
+    ) -> Tensor:
+        """The same for a batch, from what `inputs` made of it: all that streams take enters at once."""
+        c, (batch,) = self.config, step.spans
+        assert isinstance(batch, BatchSpan)
+        q, *q_index = one.norm_linear_each(q_latent, self.q_norm, c.rms_norm_eps, self.queries)
+        q = q.view(-1, c.num_attention_heads, c.head_dim)
+        q = one.norm_rope(q, None, c.rms_norm_eps, step.positions, self.frequencies)
+        compressors = [] if self.compressor is None else [self.compressor]
+        compressors += [] if self.indexer is None else [self.indexer.compressor]
+        pairs = zip(compressors, zip(compressed[::2], compressed[1::2], strict=False), strict=False)
+        groups = [compressor.group(values, gates, batch) for compressor, (values, gates) in pairs]
+        ring, overlap = batch.streams.window(self.layer.index), self.layer.attention == "csa"
+        one.enter(
+            row, self.kv_norm, c.rms_norm_eps, step.positions, self.frequencies, ring.packed, ring.most, ring.layout,
+            groups, self.layer.ratio, overlap,
+        )  # fmt: skip
+        chosen = None
+        if self.indexer is not None:
+            chosen = self.indexer.select_fused(one, q_index[0], compressed[-1], batch)
+        return self._out(self._attend(q, None, batch, chosen, step))
+
+    def _out(self, attended: Tensor) -> Tensor:
+        grouped = attended.view(attended.shape[0], self.config.o_groups, -1)
+        return self.ops.linear(self.ops.grouped_linear(grouped, self.wo_a), self.wo_b)
+
+    def _attend(
+        self, q: Tensor, rows: Tensor | None, span: Span | BatchSpan, chosen: Tensor | None, step: Step
+    ) -> Tensor:
+        """`rows` None: they are in the window already, as of a batch only."""
         sources = [span.seen_window(self.layer.index, rows)]
         if self.compressor is not None:
             stream = span.streams.rows(self.layer.index)
@@ -196,6 +252,12 @@ class Compressor:
             assert isinstance(span, Span)
             self._append(values[span.rows], gates[span.rows], span)
 
+    def group(self, values: Tensor, gates: Tensor, batch: BatchSpan) -> Group:
+        """What a batch adds to the streams, not added yet."""
+        state = batch.streams.state(self.layer.index, self.state)
+        rows = batch.streams.rows(self.layer.index, self.rows)
+        return state.group(values, gates, self.ape, rows, self.norm, self.spread)
+
     def _append(self, values: Tensor, gates: Tensor, span: Span) -> None:
         overlap = self.layer.attention == "csa"
         groups = span.streams.state(self.layer.index, self.state).extend(values, gates, span.position)
@@ -225,6 +287,7 @@ class Indexer:
         self.wq_b, self.weights_proj = bind(prefix + "wq_b.weight"), bind(prefix + "weights_proj.weight")
         self.compressor = Compressor(config, layer, bind, prefix + "compressor.", "index_keys", "index_state")
         self.inputs = (*self.compressor.inputs, self.weights_proj)
+        self.factor = float((config.index_head_dim * config.index_n_heads) ** -0.5)
 
     def select(self, values: Tensor, gates: Tensor, weights: Tensor, q_latent: Tensor, step: Step) -> list[Tensor]:
         """New keys, of what `inputs` make of the tokens, enter the streams.
@@ -235,13 +298,24 @@ class Indexer:
         compressor.append(values, gates, step)
         q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
         q = ops.rope_round(q, step.positions, compressor.frequencies, compressor.layout, compressor.spread)
-        weights = weights * (c.index_head_dim * c.index_n_heads) ** -0.5
+        weights = weights * self.factor
         return [self._select(q[span.rows], weights[span.rows], span, step) for span in step.spans]
 
     def _select(self, q: Tensor, weights: Tensor, span: Span | BatchSpan, step: Step) -> Tensor:
         keys = span.streams.rows(self.layer.index, "index_keys")
         _, visible = span.entries(self.layer.ratio)
         return select(self.ops, step, q, weights, keys, visible, self.config.index_topk)
+
+    def select_fused(self, one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan) -> Tensor:
+        """The same for a batch, whose keys are in the streams, of queries as `wq_b` makes them."""
+        c, keys = self.config, batch.streams.rows(self.layer.index, "index_keys")
+        q = q.view(-1, c.index_n_heads, c.index_head_dim)
+        frequencies, spread = self.compressor.frequencies, self.compressor.spread
+        q = one.rope_meet(q, batch.position, frequencies, self.compressor.layout, spread)
+        _, visible = batch.entries(self.layer.ratio)
+        return one.select_rows(
+            q, weights, keys.packed, keys.layout, visible, c.index_topk, most=keys.most, factor=self.factor
+        )
 
 
 class MoE:
@@ -268,9 +342,9 @@ class MoE:
             bias=self.bias,
             chosen=None if self.tid2eid is None else self.tid2eid.data[step.ids].long(),
         )
-        return ops.experts(
-            x, ids, weights, self.experts, limit=c.swiglu_limit, weigh_first=True, shared=self.shared_experts
-        )
+        one = fused(ops, step)
+        run = ops.experts if one is None else one.experts_apart  # which the merge adds up
+        return run(x, ids, weights, self.experts, limit=c.swiglu_limit, weigh_first=True, shared=self.shared_experts)
 
 
 def _check_table(table: Weight, num_experts: int) -> None:

@@ -24,6 +24,8 @@ __all__ = [
     "BatchOps",
     "Experts",
     "FarMemory",
+    "FusedOps",
+    "Group",
     "Ops",
     "Recording",
     "RecordingOps",
@@ -100,6 +102,20 @@ class Rows:
             return Rows(self.packed, self.layout, index=self.index[queries])
         start, stop = self.bounds
         return Rows(self.packed, self.layout, start[queries], stop[queries])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """What one token of each of several sessions adds to a compressor: as `BatchOps.compress_step` takes it."""
+
+    values: Tensor
+    gates: Tensor
+    ape: Weight
+    states: Tensor
+    rows: Tensor
+    norm: Weight
+    layout: RowLayout
+    spread: bool
 
 
 class Ops(Protocol):
@@ -321,6 +337,79 @@ class BatchOps(Ops, Protocol):
 
     def rest(self) -> None:
         """Between two passes: what is better done when nothing runs."""
+
+
+class FusedOps(BatchOps, Protocol):
+    """What a backend offers beside for passes of one token each, where the number of launches sets the pace."""
+
+    def norm_linear_each(self, x: Tensor, norm: Weight, eps: float, stack: Stack) -> tuple[Tensor, ...]:
+        """`linear_each` of x normed as by `rms_norm`."""
+
+    def hc_merge_mix(
+        self,
+        streams: Tensor,
+        y: Tensor,
+        post: Tensor,
+        combination: Tensor,
+        fn: Weight,
+        base: Weight,
+        scale: Weight,
+        norm: Weight,
+        *,
+        norm_eps: float,
+        eps: float,
+        iterations: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`hc_merge`, then `hc_mix` of the streams that it made: these, and what `hc_mix` gives.
+
+        Here and in `hc_merge` y may be [n, parts, d], to be added up.
+        """
+
+    def experts_apart(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        bank: Experts,
+        *,
+        limit: float | None,
+        weigh_first: bool,
+        shared: Experts | None = None,
+    ) -> Tensor:
+        """As `experts`, not yet added up: [n, parts, d]."""
+
+    def rope_meet(self, x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
+        """As `rope_round`, in the form that `select_rows` takes quickest."""
+
+    def select_rows(
+        self,
+        q: Tensor,
+        weights: Tensor,
+        keys: Tensor,
+        layout: RowLayout,
+        visible: Tensor,
+        topk: int,
+        most: int | None = None,
+        factor: float = 1.0,
+    ) -> Tensor:
+        """As in `BatchOps`, of weights that count `factor` times."""
+
+    def enter(
+        self,
+        row: Tensor,
+        norm: Weight,
+        eps: float,
+        positions: Tensor,
+        frequencies: Tensor,
+        rings: Tensor,
+        ring: int,
+        layout: RowLayout,
+        groups: Sequence[Group],
+        ratio: int,
+        overlap: bool,
+    ) -> None:
+        """Rows [n, width] enter the rings as by `norm_rope_pack` and `store_rows`, and groups grow as by
+        `compress_step`: at most one of rows like those of the ring, then one of others."""
 
 
 Tick = Callable[[float], None]

@@ -90,6 +90,10 @@ def test_the_sum_over_chosen_experts_and_the_shared_one(
     shared = None if shared_form is None else bank_of(shared_form, 1, hidden, 128, seed=90)
     ids, factors = choice(n, 5, 3)
     found = grouped.experts(x, ids, factors, bank, limit=0.5, weigh_first=True, shared=shared, parts=parts)
+    words = {"limit": 0.5, "weigh_first": True, "shared": shared, "parts": parts}
+    apart = grouped.experts(x, ids, factors, bank, summed=False, **words)
+    assert apart.shape == (n, 3 + (shared is not None), hidden)
+    torch.testing.assert_close(apart.sum(1), found, rtol=1e-5, atol=1e-5 * float(found.abs().max()))
     expected = routed_law(x, ids, factors, bank, shared, 0.5, parts == 1)
     # A number next to a rounding boundary may fall on the other side in float32: one of bf16's steps in some rows.
     assert relative(found, expected) < (2e-4 if parts == 1 else 1e-6)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tenfold.ops import reference
 from tenfold.ops.triton import hyper as kernels
 
-hyper = on_card(kernels, "hc_mix", "hc_merge", "hc_collapse")
+hyper = on_card(kernels, "hc_mix", "hc_merge", "hc_merge_mix", "hc_collapse")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -37,6 +37,13 @@ def test_mapping_merge_and_collapse(n: int, m: int, d: int) -> None:
         assert_near(a, b)
     _, post, combination = expected
     assert_near(hyper.hc_merge(streams, y, post, combination), reference.hc_merge(streams, y, post, combination))
+    parts = torch.stack([y / 2, y / 4, y / 4], 1)
+    for added in (y, parts):
+        merged = reference.hc_merge(streams, y, post, combination)
+        assert_near(hyper.hc_merge(streams, added, post, combination), merged)
+        both = hyper.hc_merge_mix(streams, added, post, combination, *given[1:], iterations=20, **words)
+        for a, b in zip(both, (merged, *reference.hc_mix(merged, *given[1:], iterations=20, **words)), strict=True):
+            assert_near(a, b, 1e-5)
     given = (streams, f32(fn[:m]), f32(base[:m]), f32(scale[:1]), norm)
     assert_near(hyper.hc_collapse(*given, **words), reference.hc_collapse(*given, **words))
 

@@ -109,6 +109,9 @@ def test_each_query_its_own_keys() -> None:
     visible = torch.tensor([60, 5, 33])
     addresses = torch.tensor([one.data_ptr() for one in keys]).to(DEVICE)
     found = index.select_rows(q.to(DEVICE), weights.to(DEVICE), addresses, layout, visible.to(DEVICE), 9, most=60).cpu()
+    met = index._as_met(q.to(DEVICE), layout).flatten(2)
+    halved = index.select_rows(met, weights.to(DEVICE) * 2, addresses, layout, visible.to(DEVICE), 9, 60, factor=0.5)
+    assert torch.equal(halved.cpu(), found)
     for i in range(n):
         own = slice(i, i + 1)
         expected = reference.select_rows(q[own], weights[own], keys[i].cpu(), layout, visible[own], 9)

@@ -12,7 +12,7 @@ from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, Wei
 from tenfold.ops import Stack, Weight, reference
 from tenfold.ops.triton import linear
 
-product = on_card(linear, "linear", "linear_each", "grouped_linear")
+product = on_card(linear, "linear", "linear_each", "norm_linear_each", "grouped_linear")
 pytestmark = pytest.mark.usefixtures("poisoned")
 format_cases = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 part_cases = pytest.mark.parametrize("parts", [1, 3])
@@ -59,6 +59,14 @@ def test_every_weight_of_a_stack(n: int) -> None:
             assert_product(y, x, w, parts)
     empty = product.linear_each(x[:0], stack, parts=1)
     assert [y.shape for y in empty] == [(0, w.shape[0]) for w in stack.weights]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 33])
+def test_a_norm_before_a_stack(n: int) -> None:
+    stack = Stack(tuple(weight(form, out, 160, seed=out) for form, out in ((FP8_BLOCK, 60), (BF16, 5), (MXFP4, 33))))
+    x, norm = 3 * rows(n, 160), Weight("norm", (160,), F32, rows(1, 160)[0] + 1)
+    for y, w in zip(product.norm_linear_each(x, norm, 1e-6, stack, parts=3), stack.weights, strict=True):
+        assert_product(y, reference.rms_norm(x, norm, 1e-6), w, 3)
 
 
 @format_cases

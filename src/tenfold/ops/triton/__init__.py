@@ -51,12 +51,16 @@ class Triton:
     sparse_attention = staticmethod(attention.sparse_attention)
     store_rows = staticmethod(sessions.store_rows)
     compress_step = staticmethod(sessions.compress_step)
+    hc_merge_mix = staticmethod(hyper.hc_merge_mix)
+    rope_meet = staticmethod(rows.rope_meet)
+    enter = staticmethod(sessions.enter)
 
     def __init__(self, *, exact: bool) -> None:
         self.device = torch.device("cpu" if INTERPRET.value else "cuda")
         parts = 3 if exact else 1
         self.linear = partial(linear.linear, parts=parts)
         self.linear_each = partial(linear.linear_each, parts=parts)
+        self.norm_linear_each = partial(linear.norm_linear_each, parts=parts)
         self.grouped_linear = partial(linear.grouped_linear, parts=parts)
         self.parts = parts
         self.far: FarExperts | None = None
@@ -70,6 +74,9 @@ class Triton:
         if self.far is not None:
             self.far.seen(bank, experts.bank_table(bank, self.device), ids)
         return experts.experts(x, ids, weights, bank, parts=self.parts, **words)
+
+    def experts_apart(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, **words: Any) -> Tensor:
+        return self.experts(x, ids, weights, bank, summed=False, **words)
 
     def keep_experts_far(self, hot: int) -> FarExperts:
         """Routed experts are read where `keep` of what comes back puts them, copies of `hot` of each layer apart."""

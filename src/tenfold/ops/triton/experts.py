@@ -1,8 +1,9 @@
 """Experts: tokens grouped by expert on the device, gate and up with the clamped SwiGLU, down, and the sum.
 
-Four launches however many tokens and experts (five where a plan needs two): the shared expert runs beside the routed
-ones, in the same launches. A bank is a table of addresses, so its weights may lie anywhere on the device. Weighs before
-the down projection always; `weigh_first` would change nothing but rounding. Knows nothing of routing.
+Four launches however many tokens and experts: five where a plan needs two, three for one token, which needs none, and
+one less where the caller adds up. The shared expert runs beside the routed ones, in the same launches. A bank is a
+table of addresses, so its weights may lie anywhere on the device. Weighs before the down projection always;
+`weigh_first` would change nothing but rounding. Knows nothing of routing.
 """
 
 from __future__ import annotations
@@ -148,10 +149,26 @@ def _gated_tile(
     tl.store(out + (out_row * inner)[:, None] + column[None, :], y, mask=ok[:, None] & (column < inner)[None, :])
 
 
+@triton.jit
+def _pairs_of(ids, order, blocks, block, EXPERTS: tl.constexpr, DIRECT: tl.constexpr, BM: tl.constexpr):
+    """The expert of a block, -1 for none, its pairs and which of them are there. DIRECT: each pair is a block."""
+    m = tl.arange(0, BM)
+    if DIRECT:
+        expert = tl.minimum(tl.maximum(tl.load(ids + block).to(tl.int32), 0), EXPERTS - 1)
+        ok = m < 1
+        pair = m * 0 + block
+    else:
+        expert = tl.load(blocks + 3 * block)
+        ok = m < tl.load(blocks + 3 * block + 2)  # of a block without expert none is
+        pair = tl.load(order + tl.load(blocks + 3 * block + 1) + m, mask=ok, other=0)
+    return expert, ok, pair
+
+
 @triton.jit(do_not_specialize=["n", "num_blocks", "inner", "shared_inner"])
 def gate_up_kernel(
-    x, weights, table, order, blocks, out, shared_table, shared_out, n, num_blocks, inner, shared_inner, limit,
-    TOPK: tl.constexpr, K: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
+    x, weights, table, ids, order, blocks, out, shared_table, shared_out, n, num_blocks, inner, shared_inner, limit,
+    TOPK: tl.constexpr, EXPERTS: tl.constexpr, DIRECT: tl.constexpr,
+    K: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
     FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -160,10 +177,8 @@ def gate_up_kernel(
     m = tl.arange(0, BM)
     if FORMAT != NO_FORMAT:
         if block < num_blocks:
-            expert = tl.load(blocks + 3 * block)
+            expert, ok, pair = _pairs_of(ids, order, blocks, block, EXPERTS, DIRECT, BM)
             if expert >= 0:
-                ok = m < tl.load(blocks + 3 * block + 2)
-                pair = tl.load(order + tl.load(blocks + 3 * block + 1) + m, mask=ok, other=0)
                 weight = tl.load(weights + pair, mask=ok, other=0.0)
                 _gated_tile(
                     x, (pair // TOPK).to(tl.int64), ok, weight, table, expert, out, pair.to(tl.int64), inner, limit,
@@ -181,52 +196,51 @@ def gate_up_kernel(
 
 @triton.jit
 def _down_tile(
-    x, row, ok, table, expert, out, hidden,
+    x, row, ok, table, expert, out, out_row, hidden,
     K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     inside = column < hidden
     y = _product(x + row * K, ok, table, expert, 2, column, inside, K, FORMAT, PARTS, BM, BN, BK)
-    tl.store(out + (row * hidden)[:, None] + column[None, :], y, mask=ok[:, None] & inside[None, :])
+    tl.store(out + (out_row * hidden)[:, None] + column[None, :], y, mask=ok[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "num_blocks", "hidden"])
 def down_kernel(
-    gated, table, order, blocks, out, shared_gated, shared_table, shared_out, n, num_blocks, hidden,
+    gated, table, ids, order, blocks, out, shared_gated, shared_table, n, num_blocks, hidden,
+    TOPK: tl.constexpr, LINES: tl.constexpr, EXPERTS: tl.constexpr, DIRECT: tl.constexpr,
     K: tl.constexpr, SHARED_K: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [pairs, hidden] and shared_out [n, hidden], the down projections of what `gate_up_kernel` made."""
+    """out [n, LINES, hidden]: the down projections of what `gate_up_kernel` made, the shared expert's last."""
     block = tl.program_id(0)
     m = tl.arange(0, BM)
     if FORMAT != NO_FORMAT:
         if block < num_blocks:
-            expert = tl.load(blocks + 3 * block)
+            expert, ok, short = _pairs_of(ids, order, blocks, block, EXPERTS, DIRECT, BM)
             if expert >= 0:
-                ok = m < tl.load(blocks + 3 * block + 2)
-                pair = tl.load(order + tl.load(blocks + 3 * block + 1) + m, mask=ok, other=0).to(tl.int64)
-                _down_tile(gated, pair, ok, table, expert, out, hidden, K, FORMAT, PARTS, BM, BN, BK)
+                pair = short.to(tl.int64)
+                line = pair // TOPK * LINES + pair % TOPK
+                _down_tile(gated, pair, ok, table, expert, out, line, hidden, K, FORMAT, PARTS, BM, BN, BK)
     if SHARED_FORMAT != NO_FORMAT:
         if block >= num_blocks:
             token = ((block - num_blocks) * BM + m).to(tl.int64)
             _down_tile(
-                shared_gated, token, token < n, shared_table, 0, shared_out, hidden,
+                shared_gated, token, token < n, shared_table, 0, out, token * LINES + LINES - 1, hidden,
                 SHARED_K, SHARED_FORMAT, PARTS, BM, BN, BK,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["numbers", "hidden"])
-def sum_kernel(y, shared, out, numbers, hidden, TOPK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr):
-    """out [n, hidden]: the sum over y [n, TOPK, hidden], and shared [n, hidden]."""
+def sum_kernel(y, out, numbers, hidden, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """out [n, hidden]: the sum over y [n, LINES, hidden]."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < numbers
-    first = i // hidden * TOPK * hidden + i % hidden
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in tl.static_range(TOPK):
-        total += tl.load(y + first + choice * hidden, mask=ok, other=0.0)
-    if SHARED:
-        total += tl.load(shared + i, mask=ok, other=0.0)
+    first = i // hidden * LINES * hidden + i % hidden
+    total = tl.load(y + first, mask=ok, other=0.0)
+    for line in tl.static_range(1, LINES):
+        total += tl.load(y + first + line * hidden, mask=ok, other=0.0)
     tl.store(out + i, total, mask=ok)
 
 
@@ -259,13 +273,16 @@ def experts(
     weigh_first: bool,
     shared: Experts | None = None,
     parts: int,
+    summed: bool = True,
 ) -> Tensor:
+    """Not `summed`: [n, experts of a token, hidden], the shared one last, to be added up."""
     ready, beside = _bank(bank, x.device), None if shared is None else _bank(shared, x.device)
     if x.dim() != 2 or x.shape[1] != ready.hidden or (beside is not None and beside.hidden != ready.hidden):
         raise ValueError(f"x: expected rows of {ready.hidden}, also for the shared expert, got {tuple(x.shape)}")
     if ids.shape != weights.shape or ids.shape[:1] != x.shape[:1]:
         raise ValueError(f"ids, weights: expected [{x.shape[0]}, topk], got {tuple(ids.shape)}, {tuple(weights.shape)}")
-    return _through(x, ids.contiguous(), weights.contiguous(), ready, beside, limit, parts)
+    y = _through(x, ids.contiguous(), weights.contiguous(), ready, beside, limit, parts)
+    return _sum(y) if summed else y
 
 
 def feed_forward(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None, *, parts: int) -> Tensor:
@@ -274,23 +291,27 @@ def feed_forward(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | N
     if x.dim() != 2 or x.shape[1] != bank.hidden:
         raise ValueError(f"x: expected rows of {bank.hidden}, got {tuple(x.shape)}")
     none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-    return _through(x, none, x, None, bank, limit, parts)
+    return _through(x, none, x, None, bank, limit, parts)[:, 0]
 
 
 def _through(
     x: Tensor, ids: Tensor, weights: Tensor, bank: _Bank | None, shared: _Bank | None, limit: float | None, parts: int
 ) -> Tensor:
-    """The launches. Where a bank is missing, the other stands for it: no block and no format uses it."""
+    """The launches: [n, experts of a token, hidden]. Where a bank is missing, the other stands for it: no block and no
+    format uses it."""
     n, topk = ids.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    lines = topk + (shared is not None)
+    out = torch.empty(n, lines, x.shape[1], device=x.device)
     if n == 0:
         return out
     routed, beside = bank or shared, shared or bank
     assert routed is not None
     assert beside is not None
     t = _tiles(n, topk, routed, beside)
-    order, blocks = _plan(ids, 0 if bank is None else bank.count, t.m)
-    num_blocks, num_shared = blocks.shape[0], n if shared is not None else 0
+    direct = n == 1  # all its experts are different ones
+    order, blocks = (ids, ids) if direct else _plan(ids, 0 if bank is None else bank.count, t.m)
+    num_blocks, num_shared = topk if direct else blocks.shape[0], n if shared is not None else 0
+    choices = max(topk, 1), routed.count, direct
     grid_rows = num_blocks + triton.cdiv(num_shared, t.m)
     formats = [NO_FORMAT.value if each is None else each.gate_format for each in (bank, shared)]
     down_formats = [NO_FORMAT.value if each is None else each.down_format for each in (bank, shared)]
@@ -299,22 +320,23 @@ def _through(
     gated = torch.empty(n * topk, routed.inner, dtype=stored, device=x.device)
     shared_gated = torch.empty(num_shared, beside.inner, dtype=stored, device=x.device)
     gate_up_kernel[grid_rows, triton.cdiv(max(routed.inner, beside.inner), t.n)](
-        rounded(x, 3 if plain else parts), weights, routed.table, order, blocks, gated, beside.table, shared_gated,
+        rounded(x, 3 if plain else parts), weights, routed.table, ids, order, blocks, gated, beside.table, shared_gated,
         n, num_blocks, routed.inner, beside.inner, 0.0 if limit is None else limit,
-        topk, routed.hidden, limit is not None, parts, *formats, *t.sizes, **t.options,
+        *choices, routed.hidden, limit is not None, parts, *formats, *t.sizes, **t.options,
     )  # fmt: skip
-    y, shared_y = (torch.empty(rows, routed.hidden, device=x.device) for rows in (n * topk, num_shared))
     down_kernel[grid_rows, triton.cdiv(routed.hidden, t.n)](
-        gated, routed.table, order, blocks, y, shared_gated, beside.table, shared_y, n, num_blocks, routed.hidden,
-        routed.inner, beside.inner, *down_formats, parts, *t.sizes, **t.options,
+        gated, routed.table, ids, order, blocks, out, shared_gated, beside.table, n, num_blocks, routed.hidden,
+        choices[0], lines, *choices[1:], routed.inner, beside.inner, *down_formats, parts, *t.sizes, **t.options,
     )  # fmt: skip
-    if topk == 0:
-        return shared_y
-    numbers = x.numel()
-    block = triton.next_power_of_2(numbers) if INTERPRET.value else 1024
-    sum_kernel[(triton.cdiv(numbers, block),)](
-        y, shared_y, out, numbers, routed.hidden, topk, shared is not None, block
-    )
+    return out
+
+
+def _sum(y: Tensor) -> Tensor:
+    n, lines, hidden = y.shape
+    out, numbers = torch.empty(n, hidden, device=y.device), n * hidden
+    if numbers:
+        block = triton.next_power_of_2(numbers) if INTERPRET.value else 1024
+        sum_kernel[(triton.cdiv(numbers, block),)](y, out, numbers, hidden, lines, block)
     return out
 
 

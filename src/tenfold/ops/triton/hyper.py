@@ -1,7 +1,7 @@
-"""Hyper-connections: the learned mapping with Sinkhorn in two launches, the merge in one. Knows nothing of sub-layers.
+"""Hyper-connections: the learned mapping with Sinkhorn in two launches, the merge in one, or within the next mapping.
 
 The mapping's logits are a product of few outputs with a long sum, so the sum is split over programs; the second launch
-adds the parts, makes the mapping of them, and the sub-layer's normed input.
+adds the parts, makes the mapping of them, and the sub-layer's normed input. Knows nothing of sub-layers.
 """
 
 from __future__ import annotations
@@ -15,33 +15,66 @@ from tenfold.ops import Weight
 from tenfold.ops.triton.lowp import INTERPRET, mm_f32
 from tenfold.ops.triton.rows import vector
 
-__all__ = ["hc_collapse", "hc_merge", "hc_mix"]
+__all__ = ["hc_collapse", "hc_merge", "hc_merge_mix", "hc_mix"]
 
 _MOST_SPLITS = 64
 
 
 @triton.jit(do_not_specialize=["n"])
 def project_kernel(
-    flat, fn, logits, squares, n,
-    PER_SPLIT: tl.constexpr, K: tl.constexpr, OUTPUTS: tl.constexpr,
+    streams, y, post, combination, merged, fn, logits, squares, n,
+    TILES: tl.constexpr, M: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, OUTPUTS: tl.constexpr,
     BO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A split's part of flat [n, K] fn^T to logits [splits, n, OUTPUTS], and of the sums of squares [splits, n]."""
+    """A split's part of streams [n, M * D] fn^T to logits [splits, n, OUTPUTS], and of the sums of squares [splits, n].
+
+    With PARTS the streams are first merged with y [n, PARTS, D] as by `merge_kernel`, and kept in `merged`.
+    """
     split = tl.program_id(1)
     m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     o = tl.arange(0, BO)
     acc = tl.zeros([BM, BO], tl.float32)
     square = tl.zeros([BM], tl.float32)
-    for first in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, K), BK):
-        k = first + tl.arange(0, BK)
-        seen = k < K
-        x = tl.load(flat + (m * K)[:, None] + k[None, :], mask=(m < n)[:, None] & seen[None, :], other=0.0)
-        w = tl.load(fn + o[:, None] * K + k[None, :], mask=(o < OUTPUTS)[:, None] & seen[None, :], other=0.0)
+    here = m < n
+    EACH: tl.constexpr = (D + BK - 1) // BK  # tiles of a stream
+    for tile in range(split * TILES, tl.minimum((split + 1) * TILES, M * EACH)):
+        s = tile // EACH
+        d = tile % EACH * BK + tl.arange(0, BK)
+        inside = here[:, None] & (d < D)[None, :]
+        if PARTS > 0:
+            x = _merged(streams, y, post, combination, m, s, d, here, inside, M, D, PARTS)
+            tl.store(merged + ((m * M + s) * D)[:, None] + d[None, :], x, mask=inside)
+        else:
+            x = tl.load(streams + ((m * M + s) * D)[:, None] + d[None, :], mask=inside, other=0.0)
+        known = (o < OUTPUTS)[:, None] & (d < D)[None, :]
+        w = tl.load(fn + o[:, None] * (M * D) + s * D + d[None, :], mask=known, other=0.0)
         acc = mm_f32(x, tl.trans(w), acc)
         square += tl.sum(x * x, 1)
     to = logits + ((split * n + m) * OUTPUTS)[:, None] + o[None, :]
     tl.store(to, acc, mask=(m < n)[:, None] & (o < OUTPUTS)[None, :])
     tl.store(squares + split * n + m, square, mask=m < n)
+
+
+@triton.jit
+def _added(y, token, d, inside, D: tl.constexpr, PARTS: tl.constexpr):
+    """The sum over y [n, PARTS, D]."""
+    total = tl.load(y + (token * PARTS * D)[:, None] + d[None, :], mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(y + ((token * PARTS + part) * D)[:, None] + d[None, :], mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _merged(
+    streams, y, post, combination, token, k, d, here, inside, M: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr
+):
+    """Channels of stream k: post_k y + sum over j of combination[j, k] streams_j: the sum runs over the FIRST index."""
+    total = tl.load(post + token * M + k, mask=here, other=0.0)[:, None] * _added(y, token, d, inside, D, PARTS)
+    for j in tl.static_range(M):
+        share = tl.load(combination + (token * M + j) * M + k, mask=here, other=0.0)
+        one = tl.load(streams + ((token * M + j) * D)[:, None] + d[None, :], mask=inside, other=0.0)
+        total += share[:, None] * one
+    return total
 
 
 @triton.jit
@@ -114,21 +147,15 @@ def finish_kernel(
 @triton.jit(do_not_specialize=["n"])
 def merge_kernel(
     streams, y, post, combination, out, n,
-    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """out_k = post_k y + sum over j of combination[j, k] streams_j: the sum runs over the FIRST index."""
+    """Streams as `_merged` makes them of y [n, PARTS, D]."""
     token = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     here = token < n
     inside = here[:, None] & (d < D)[None, :]
-    added = tl.load(y + (token * D)[:, None] + d[None, :], mask=inside, other=0.0)
     for k in tl.static_range(M):
-        total = tl.load(post + token * M + k, mask=here, other=0.0)[:, None] * added
-        for j in tl.static_range(M):
-            share = tl.load(combination + (token * M + j) * M + k, mask=here, other=0.0)
-            total += share[:, None] * tl.load(
-                streams + ((token * M + j) * D)[:, None] + d[None, :], mask=inside, other=0.0
-            )
+        total = _merged(streams, y, post, combination, token, k, d, here, inside, M, D, PARTS)
         tl.store(out + ((token * M + k) * D)[:, None] + d[None, :], total, mask=inside)
 
 
@@ -149,6 +176,27 @@ def hc_mix(
     return x, post, combination
 
 
+def hc_merge_mix(
+    streams: Tensor,
+    y: Tensor,
+    post: Tensor,
+    combination: Tensor,
+    fn: Weight,
+    base: Weight,
+    scale: Weight,
+    norm: Weight,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`hc_merge`, then `hc_mix` of what it made: the streams, and what `hc_mix` gives."""
+    last = _Last(*_checked(streams, y, post, combination))
+    post, combination = torch.empty_like(last.post), torch.empty_like(last.combination)
+    x = _mapped(last.streams, fn, base, scale, norm, norm_eps, eps, iterations, post, combination, last)
+    return last.merged, x, post, combination
+
+
 def hc_collapse(
     streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, *, norm_eps: float, eps: float
 ) -> Tensor:
@@ -166,24 +214,34 @@ def _mapped(
     iterations: int,
     post: Tensor,
     combination: Tensor,
+    last: _Last | None = None,
 ) -> Tensor:
-    """The sub-layer's input; with iterations, post and combination are filled, else they are not touched."""
+    """The sub-layer's input; with iterations, post and combination are filled, else they are not touched.
+
+    With `last` the streams are merged with a sub-layer's output first.
+    """
     streams, (n, m, d) = streams.contiguous(), streams.shape
     outputs, num_scales = ((2 + m) * m, 3) if iterations else (m, 1)
     x = torch.empty(n, d, device=streams.device)
     if n == 0:
         return x
     tall = min(triton.next_power_of_2(n), 256) if INTERPRET.value else 16
-    depth = 512 if INTERPRET.value else 128
-    groups = triton.cdiv(n, max(tall, 16))
-    splits = 2 if INTERPRET.value else _splits(groups, triton.cdiv(m * d, 2 * depth))
-    per_split = triton.cdiv(triton.cdiv(m * d, splits), depth) * depth
+    deepest = 512 if INTERPRET.value else 128 if last is None else 64  # what is merged takes registers
+    depth = min(max(triton.next_power_of_2(d), 16), deepest)
+    groups, tiles = triton.cdiv(n, max(tall, 16)), m * triton.cdiv(d, depth)
+    splits = 2 if INTERPRET.value else _splits(groups, triton.cdiv(tiles, 2))
     logits = torch.empty(splits, n, outputs, device=streams.device)
     squares = torch.empty(splits, n, device=streams.device)
+    given = (streams,) * 5 if last is None else (streams, last.y, last.post, last.combination, last.merged)
+    parts, each = 0 if last is None else last.parts, triton.cdiv(tiles, splits)
     project_kernel[groups, splits](
-        streams, vector(fn, (outputs, m * d)), logits, squares, n,
-        per_split, m * d, outputs, max(triton.next_power_of_2(outputs), 16), max(tall, 16), depth,
+        *given, vector(fn, (outputs, m * d)), logits, squares, n,
+        each, m, d, parts, outputs, max(triton.next_power_of_2(outputs), 16), max(tall, 16), depth,
+        num_warps=8 if parts else 4,
+        num_stages=1 if parts else 3,  # all that is merged, fetched ahead, would fill shared memory
     )  # fmt: skip
+    if last is not None:
+        streams = last.merged
     tokens = min(triton.next_power_of_2(n), 64) if INTERPRET.value else 1
     wide = triton.next_power_of_2(d)
     finish_kernel[(triton.cdiv(n, tokens),)](
@@ -202,15 +260,30 @@ def _splits(groups: int, most: int) -> int:
 
 
 def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
-    n, m, d = streams.shape
-    if y.shape != (n, d) or post.shape != (n, m) or combination.shape != (n, m, m):
-        raise ValueError(f"streams {tuple(streams.shape)}: y, post or combination has another shape")
-    streams, y, post, combination = (t.contiguous() for t in (streams, y, post, combination))
-    out = torch.empty_like(streams)
+    """y [n, d], or [n, parts, d], which are added up."""
+    last = _Last(*_checked(streams, y, post, combination))
+    (n, m, d), out = last.streams.shape, last.merged
     if n:
         tokens = min(triton.next_power_of_2(n), 64) if INTERPRET.value else 1
         wide = triton.next_power_of_2(d) if INTERPRET.value else min(triton.next_power_of_2(d), 1024)
         merge_kernel[triton.cdiv(n, tokens), triton.cdiv(d, wide)](
-            streams, y, post, combination, out, n, m, d, wide, tokens
+            last.streams, last.y, last.post, last.combination, out, n, m, d, last.parts, wide, tokens
         )
     return out
+
+
+class _Last:
+    """A sub-layer's output that is to be merged, and where to."""
+
+    def __init__(self, streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> None:
+        self.streams, self.y, self.post, self.combination = streams, y, post, combination
+        self.parts = y.shape[1] if y.dim() == 3 else 1
+        self.merged = torch.empty_like(streams)
+
+
+def _checked(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> tuple[Tensor, ...]:
+    n, m, d = streams.shape
+    fits = y.shape in ((n, d), (n, y.shape[1], d))
+    if not fits or post.shape != (n, m) or combination.shape != (n, m, m):
+        raise ValueError(f"streams {tuple(streams.shape)}: y, post or combination has another shape")
+    return tuple(tensor.contiguous() for tensor in (streams, y, post, combination))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tenfold.formats import RowLayout
 from tenfold.ops.triton.linear import address
 from tenfold.ops.triton.lowp import e2m1, e4m3, e8m0, mm, mm_f32
-from tenfold.ops.triton.topk import top_rows
+from tenfold.ops.triton.topk import bins_for, top_rows
 
 __all__ = ["index_scores", "select_rows"]
 
@@ -35,8 +35,9 @@ def select_rows(
     visible: Tensor,
     topk: int,
     most: int | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
-    """As in `BatchOps`, without asking the device how many rows are visible: the width is min(topk, rows there are)."""
+    """As in `FusedOps`, without asking the device how many rows are visible: the width is min(topk, rows there are)."""
     n, most = q.shape[0], keys.shape[0] if most is None else most
     width = min(topk, most)
     if most <= width:  # all that is visible is selected: no scores are needed
@@ -44,20 +45,36 @@ def select_rows(
         return torch.where(rows < visible[:, None], rows, -1)
     strip = max(1, _STRIP_SCORES // most)
     if n <= strip:
-        return top_rows(index_scores(q, weights, keys, layout, visible, most), visible, topk)
+        return _best(q, weights, keys, layout, visible, most, factor, topk)
     out = torch.empty(n, width, dtype=torch.int32, device=q.device)
     for first in range(0, n, strip):
         some = slice(first, min(first + strip, n))
         mine = keys[some] if keys.dtype is torch.int64 else keys
-        scores = index_scores(q[some], weights[some], mine, layout, visible[some], most)
-        out[some] = top_rows(scores, visible[some], topk)
+        out[some] = _best(q[some], weights[some], mine, layout, visible[some], most, factor, topk)
     return out
 
 
-def index_scores(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, most: int) -> Tensor:
-    """float32 [n, most]; what lies beyond a query's visible rows is left as it was.
+def _best(
+    q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, visible: Tensor, most: int, factor: float, topk: int
+) -> Tensor:
+    bins = bins_for(q.shape[0], most, q.device)
+    return top_rows(index_scores(q, weights, keys, layout, visible, most, factor, bins), visible, topk, bins)
 
-    Queries hold what packed rows of the layout hold, so products of codes are exact in bf16.
+
+def index_scores(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    layout: RowLayout,
+    visible: Tensor,
+    most: int,
+    factor: float = 1.0,
+    bins: Tensor | None = None,
+) -> Tensor:
+    """float32 [n, most]; what lies beyond a query's visible rows is left as it was. Weights count `factor` times.
+
+    `bins`, if any, are emptied on the way. Queries hold what packed rows of the layout hold, so products of codes are
+    exact in bf16.
     """
     n, heads, dim = q.shape
     if layout.plain or layout.width != dim or layout.block % 2:
@@ -76,8 +93,11 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, vi
         keys,
         visible,
         out,
+        out if bins is None else bins,
         n,
         pitch,
+        factor,
+        EMPTIED=0 if bins is None else bins.shape[1],
         EACH=each,
         CODE_BITS=layout.code_bits,
         ROW_BYTES=layout.row_bytes,
@@ -97,7 +117,7 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor, layout: RowLayout, vi
 
 def _as_met(q: Tensor, layout: RowLayout) -> Tensor:
     """The queries as kernels read them; for e2m1 the even channels, then the odd: nibbles meet them unshuffled."""
-    if layout.code_bits == 32:
+    if layout.code_bits == 32 or q.dtype is torch.bfloat16:  # `rope_meet` made them so
         return q.contiguous()
     if layout.code_bits == 8:
         return q.to(torch.bfloat16).contiguous()
@@ -112,8 +132,11 @@ def _scores(
     keys,
     visible,
     out,
+    bins,
     n,
     pitch,
+    factor,
+    EMPTIED: tl.constexpr,
     EACH: tl.constexpr,
     CODE_BITS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
@@ -130,6 +153,12 @@ def _scores(
     """Keys [first, first + BN) for QUERIES queries; with EACH, of a query's own, whose address `keys` gives."""
     first, t0 = tl.program_id(0) * BN, tl.program_id(1) * QUERIES
     t = t0 + tl.arange(0, QUERIES)
+    if EMPTIED > 0:
+        if first == 0:
+            for i in range(0, QUERIES):
+                for bin in range(0, EMPTIED, 1024):
+                    place = bins + (t0 + i).to(tl.int64) * EMPTIED + bin + tl.arange(0, 1024)
+                    tl.store(place, tl.zeros([1024], tl.int32), mask=tl.arange(0, 1024) < tl.where(t0 + i < n, 1024, 0))
     last = tl.max(tl.load(visible + t, mask=t < n, other=0), 0)
     if first >= last:
         return
@@ -164,7 +193,7 @@ def _scores(
             seen = tl.load(visible + t0 + i)
             if first < seen:
                 row = (t0 + i).to(tl.int64) * H + h
-                weight = tl.load(weights + row, mask=h < H, other=0.0)
+                weight = tl.load(weights + row, mask=h < H, other=0.0) * factor
                 score = tl.zeros([HP, BN], tl.float32)
                 if CODE_BITS == 4:
                     place = q + row[:, None] * D + c[None, :]

@@ -17,6 +17,7 @@ from torch import Tensor
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4
 from tenfold.ops import Stack, Weight
 from tenfold.ops.triton.lowp import INTERPRET, e2m1, e4m3, e8m0, mm_f32, mm_split
+from tenfold.ops.triton.rows import rms_norm, vector
 
 __all__ = [
     "Matrix",
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "linear_each",
     "matrix",
+    "norm_linear_each",
     "rounded",
     "tiles",
 ]
@@ -55,15 +57,19 @@ def accumulate(
     x, x_ok, codes, scale, row, row_ok,
     K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    levels=None, norm=None,
 ):  # fmt: skip
     """Rows of activations [BM, K] times rows of a weight [BN, K], transposed -> f32 [BM, BN].
 
     x: a pointer to each row's first number. row: int64 places of the weight's rows. What is not ok counts as 0.
+    With `levels` [BM] and `norm` [K] activations are multiplied by both first.
     """
     acc = tl.zeros([BM, BN], tl.float32)
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)
         some = tl.load(x[:, None] + k[None, :], mask=x_ok[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        if norm is not None:
+            some = some * levels[:, None] * tl.load(norm + k, mask=k < K, other=0.0)[None, :]
         if FORMAT == AS_MXFP4:
             pair = first // 2 + tl.arange(0, BK // 2)
             read = row_ok[:, None] & (pair < K // 2)[None, :]
@@ -113,11 +119,14 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def linear_each_kernel(
-    x, table, out, n,
-    COUNT: tl.constexpr, K: tl.constexpr, FORMATS: tl.constexpr, PARTS: tl.constexpr,
+    x, norm, eps, table, out, n,
+    NORMED: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr, FORMATS: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The products of all weights of a stack; a line of the table is codes, scales, rows, format, rows before it."""
+    """The products of all weights of a stack; a line of the table is codes, scales, rows, format, rows before it.
+
+    NORMED: of x normed as by `rms_norm`; every program adds up the squares of its rows itself.
+    """
     tile = tl.program_id(0)
     part = tile * 0
     begin = tile * 0
@@ -133,30 +142,38 @@ def linear_each_kernel(
     to = out + n * tl.load(table + 5 * part + 4) + m[:, None] * N + row[None, :]
     ok = (m < n)[:, None] & (row < N)[None, :]
     xs = x + m * K
+    levels, weight = None, None
+    if NORMED:
+        square = tl.zeros([BM], tl.float32)
+        for first in range(0, K, BK):
+            k = first + tl.arange(0, BK)
+            some = tl.load(xs[:, None] + k[None, :], mask=(m < n)[:, None] & (k < K)[None, :], other=0.0)
+            square += tl.sum(some * some, 1)
+        levels, weight = tl.rsqrt(square / K + eps), norm
     if FORMATS & 1:
         if stored == 0:
             codes = address(table, 5 * part, tl.float32)
-            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_F32, PARTS, BM, BN, BK)
+            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_F32, PARTS, BM, BN, BK, levels, weight)
             tl.store(to, acc, mask=ok)
     if FORMATS & 2:
         if stored == 1:
             codes = address(table, 5 * part, tl.bfloat16)
-            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_BF16, PARTS, BM, BN, BK)
+            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_BF16, PARTS, BM, BN, BK, levels, weight)
             tl.store(to, acc, mask=ok)
     if FORMATS & 4:
         if stored == 2:
             codes, scale = address(table, 5 * part, tl.uint8), address(table, 5 * part + 1, tl.uint8)
-            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8, PARTS, BM, BN, BK)
+            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8, PARTS, BM, BN, BK, levels, weight)
             tl.store(to, acc, mask=ok)
     if FORMATS & 8:
         if stored == 3:
             codes, scale = address(table, 5 * part, tl.uint8), address(table, 5 * part + 1, tl.float32)
-            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8_F32, PARTS, BM, BN, BK)
+            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8_F32, PARTS, BM, BN, BK, levels, weight)
             tl.store(to, acc, mask=ok)
     if FORMATS & 16:
         if stored == 4:
             codes, scale = address(table, 5 * part, tl.uint8), address(table, 5 * part + 1, tl.uint8)
-            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_MXFP4, PARTS, BM, BN, BK)
+            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_MXFP4, PARTS, BM, BN, BK, levels, weight)
             tl.store(to, acc, mask=ok)
 
 
@@ -238,6 +255,17 @@ def rounded(x: Tensor, parts: int) -> Tensor:
 
 def linear_each(x: Tensor, stack: Stack, *, parts: int) -> tuple[Tensor, ...]:
     """One launch for all."""
+    return _each(x, stack, parts)
+
+
+def norm_linear_each(x: Tensor, norm: Weight, eps: float, stack: Stack, *, parts: int) -> tuple[Tensor, ...]:
+    """`linear_each` of x normed as by `rms_norm`, for few rows in one launch."""
+    if x.shape[0] > _FEW_ROWS:
+        return _each(rms_norm(x, norm, eps), stack, parts)
+    return _each(x.contiguous(), stack, parts, norm, eps)
+
+
+def _each(x: Tensor, stack: Stack, parts: int, norm: Weight | None = None, eps: float = 0.0) -> tuple[Tensor, ...]:
     ready, n = _stacked(stack), x.shape[0]
     if x.dim() != 2 or x.shape[1] != ready.in_features:
         raise ValueError(f"x: expected [n, {ready.in_features}] for the stack, got {tuple(x.shape)}")
@@ -247,9 +275,10 @@ def linear_each(x: Tensor, stack: Stack, *, parts: int) -> tuple[Tensor, ...]:
         grid = sum(triton.cdiv(size, t.n) for size in ready.out_features), triton.cdiv(n, t.m)
         # An f32 weight gets activations as they are, whatever the others round them to.
         given = rounded(x, 3 if ready.formats & 1 else parts)
+        factors = given if norm is None else vector(norm, (ready.in_features,))
         linear_each_kernel[grid](
-            given, ready.table, out, n,
-            len(ready.out_features), ready.in_features, ready.formats, parts, *t.sizes, **t.options,
+            given, factors, eps, ready.table, out, n,
+            norm is not None, len(ready.out_features), ready.in_features, ready.formats, parts, *t.sizes, **t.options,
         )  # fmt: skip
     found = out.split([n * size for size in ready.out_features])
     return tuple(part.view(n, size) for part, size in zip(found, ready.out_features, strict=True))

@@ -41,13 +41,15 @@ __all__ = [
     "pack_rows",
     "rms_norm",
     "rope",
+    "rope_meet",
     "rope_round",
     "unpack_rows",
     "vector",
 ]
 
-_NOTHING, _ROUND, _PACK = 0, 1, 2
-"""What `turn_kernel` does with a row at the end, beside storing it."""
+_NOTHING, _ROUND, _PACK, _MEET = 0, 1, 2, 3
+"""What `turn_kernel` does with a row at the end, beside storing it. _MEET: rounds it, as bf16, and for 4 bits the even
+channels before the odd ones, as packed keys meet it."""
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -125,7 +127,12 @@ def turn_kernel(
         else:
             code = e2m1_code(scaled)
             rounded = e2m1(code)
-        if FINISH == 1:
+        if FINISH == 3:
+            factor = tl.reshape(tl.broadcast_to(scale[:, :, None], [BR, BW // BLOCK, BLOCK]), [BR, BW])
+            y = to_bf16(tl.where(coded, rounded * factor, y))
+            place = channel if BITS == 8 else channel // 2 + channel % 2 * (WIDTH // 2)
+            tl.store(out + (row * WIDTH)[:, None] + place[None, :], y, mask=inside)
+        elif FINISH == 1:
             factor = tl.reshape(tl.broadcast_to(scale[:, :, None], [BR, BW // BLOCK, BLOCK]), [BR, BW])
             y = tl.where(coded, rounded * factor, round_bf16(y))
             tl.store(out + (row * WIDTH)[:, None] + channel[None, :], y, mask=inside)
@@ -263,6 +270,14 @@ def rope_round(x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLay
     rounds = spread and layout.code_bits != 32
     steps = Steps(False, spread, _ROUND, layout) if rounds else Steps(False, spread)
     return _turned(x, steps, torch.empty(x.shape, device=x.device), None, 0.0, positions, frequencies)
+
+
+def rope_meet(x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
+    """As `rope_round`, in the form in which `select_rows` lets queries meet keys of this layout."""
+    if not spread or layout.code_bits == 32:
+        return rope_round(x, positions, frequencies, layout, spread)
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    return _turned(x, Steps(False, spread, _MEET, layout), out, None, 0.0, positions, frequencies)
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["top_rows"]
+__all__ = ["bins_for", "top_rows"]
 
 _AT_ONCE = 8192
 _BLOCK = 2048
@@ -22,10 +22,16 @@ _TILE_SCORES = 1 << 14
 """Scores one program of the short search holds, at most, unless a row alone is longer."""
 
 
-def top_rows(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
+def bins_for(n: int, columns: int, device: torch.device) -> Tensor | None:
+    """Room for the histograms of n rows, not empty yet; None where rows are short enough to need none."""
+    return torch.empty(n, _BINS, dtype=torch.int32, device=device) if columns > _AT_ONCE else None
+
+
+def top_rows(scores: Tensor, visible: Tensor, topk: int, bins: Tensor | None = None) -> Tensor:
     """The `topk` largest of the first `visible[i]` numbers of each row i of scores, float32 [n, columns].
 
-    int32 [n, min(topk, columns)], ascending, -1 at the end; of equal scores the smaller column wins.
+    int32 [n, min(topk, columns)], ascending, -1 at the end; of equal scores the smaller column wins. `bins`: those of
+    `bins_for`, empty.
     """
     n, columns = scores.shape
     width = min(topk, columns)
@@ -39,7 +45,8 @@ def top_rows(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
         _search[(triton.cdiv(n, rows),)](scores, visible, out, n, scores.stride(0), width, rows, block, num_warps=warps)
         return out
     blocks = triton.cdiv(columns, _BLOCK)
-    bins = torch.zeros(n, _BINS, dtype=torch.int32, device=scores.device)
+    if bins is None:
+        bins = torch.zeros(n, _BINS, dtype=torch.int32, device=scores.device)
     counts = torch.empty(n, blocks, 2, dtype=torch.int32, device=scores.device)
     stride, grid = scores.stride(0), (n, blocks)
     for level in range(3):
