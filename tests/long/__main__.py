@@ -24,6 +24,8 @@ TESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "signals": ends.signals,
     "contamination": neighbours.contamination,
     "codex": programs.codex,
+    "claude": programs.claude,
+    "continue": programs.continue_,
     "guidellm": programs.guidellm,
     "genai-bench": programs.genai_bench,
     "full": stores.full,

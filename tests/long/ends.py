@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 from tests.long.clients import Answer, ask, request
 from tests.long.engine import body, cached_tokens, words
-from tests.long.served import Served, auth, command, serving
+from tests.long.served import Served, command, serving
 from tests.server.clock import awake_s
 
 _FREE_S = 2.0
@@ -40,13 +39,8 @@ async def _leave(port: int, dice: random.Random) -> str:
     return "decode" if b'"text"' in got else "head" if got else "nothing"
 
 
-def _gauge(served: Served, name: str) -> float:
-    page = httpx.get(f"{served.url}/metrics", headers=auth(), trust_env=False, timeout=60).text
-    return float(next(line for line in page.splitlines() if line.startswith(name)).split()[-1])
-
-
 def _jobs(served: Served) -> float:
-    return _gauge(served, "vllm:num_requests_running") + _gauge(served, "vllm:num_requests_waiting")
+    return served.gauge("vllm:num_requests_running") + served.gauge("vllm:num_requests_waiting")
 
 
 def disconnects(count: int = 500, at_once: int = 10) -> dict[str, Any]:
@@ -57,7 +51,7 @@ def disconnects(count: int = 500, at_once: int = 10) -> dict[str, Any]:
 
     with serving("real") as served:
         whole = asyncio.run(ask(served.port, "/v1/completions", body("Once", 8)))
-        idle_bytes, files = _gauge(served, "tenfold:kv_bytes"), served.files()
+        idle_bytes, files = served.gauge("tenfold:kv_bytes"), served.files()
 
         async def some() -> list[str]:
             return await asyncio.gather(*(_leave(served.port, dice) for _ in range(at_once)))
@@ -76,7 +70,7 @@ def disconnects(count: int = 500, at_once: int = 10) -> dict[str, Any]:
             **{f"with_{kind}_received": when.count(kind) for kind in ("nothing", "head", "decode")},
             "freed_after_s_most": round(slowest, 2),
             "freed_late": late,
-            "kv_bytes_left": _gauge(served, "tenfold:kv_bytes") - idle_bytes,
+            "kv_bytes_left": served.gauge("tenfold:kv_bytes") - idle_bytes,
             "files_more": served.files() - files,
         }
         again = asyncio.run(ask(served.port, "/v1/completions", body("Once", 8)))
@@ -91,7 +85,8 @@ async def _signalled(served: Served, signals: tuple[int, ...], tokens: int) -> t
     """16 streams, a signal under way, perhaps a second one: their ends, the status of a request that came after the
     first, and how long the process lived on after the last."""
     running = [asyncio.create_task(ask(served.port, "/v1/completions", body(words(20, i), tokens))) for i in range(16)]
-    await asyncio.sleep(1.0)
+    while await asyncio.to_thread(served.gauge, "vllm:num_requests_running") < len(running):
+        await asyncio.sleep(0.1)
     os.kill(served.process.pid, signals[0])
     await asyncio.sleep(0.2)
     refused = 503
@@ -100,7 +95,7 @@ async def _signalled(served: Served, signals: tuple[int, ...], tokens: int) -> t
     for number in signals[1:]:
         os.kill(served.process.pid, number)
     began = awake_s()
-    await asyncio.to_thread(served.process.wait, 120)
+    await asyncio.to_thread(served.process.wait, 300)
     lived = awake_s() - began
     return await asyncio.gather(*running), refused, lived
 
@@ -111,7 +106,7 @@ def signals(times: int = 50) -> dict[str, Any]:
     All on one store: what was read before is found at each next start.
     """
     ways = {
-        "in time": ((signal.SIGTERM,), 300, "60"),
+        "in time": ((signal.SIGTERM,), 600, "120"),
         "out of time": ((signal.SIGINT,), 100_000, "1"),
         "twice": ((signal.SIGTERM, signal.SIGTERM), 100_000, "60"),
     }

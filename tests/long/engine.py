@@ -44,7 +44,9 @@ async def _struck(served: Served, number: int, streams: int) -> tuple[list[Answe
     running = [
         asyncio.create_task(ask(served.port, "/v1/completions", body(words(20, i), 4000))) for i in range(streams)
     ]
-    await asyncio.sleep(1.0)
+    while await asyncio.to_thread(served.gauge, "vllm:num_requests_running") < streams:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(random.random())
     victim = served.engine_pid()
     os.kill(victim, number)
     struck = time.monotonic()
@@ -71,7 +73,7 @@ def _faults(signal_number: int, times: int, streams: int, notice_s: float) -> di
             answers, notice, well = found
             for answer in answers:
                 ended += 1
-                untold += answer.done or answer.error is None
+                untold += answer.done or answer.error is None or answer.status != 200
             noticed.append(notice)
             again.append(well)
         whole = asyncio.run(ask(served.port, "/v1/completions", body("Once", 8)))

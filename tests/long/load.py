@@ -9,9 +9,8 @@ import statistics
 import time
 from typing import Any
 
-import httpx
 from tests.long.clients import Answer, ask, request
-from tests.long.served import Served, auth, serving
+from tests.long.served import Served, serving
 
 MODEL = "tenfold-test"
 
@@ -164,8 +163,6 @@ def soak(count: int = 20_000, at_once: int = 8) -> dict[str, Any]:
         time.sleep(2)
         later = [(number, rss) for number, rss in marks if number >= count // 4]
         slope = statistics.linear_regression(*zip(*later, strict=True)).slope * 10_000
-        page = httpx.get(f"{served.url}/metrics", headers=auth(), trust_env=False).text
-        running = next(line for line in page.splitlines() if line.startswith("vllm:num_requests_running"))
         found = {
             "requests": count,
             "halts_of_the_machine": len(halts),
@@ -174,7 +171,7 @@ def soak(count: int = 20_000, at_once: int = 8) -> dict[str, Any]:
             "rss_more_mb": round((marks[-1][1] - marks[2][1]) / 1e6, 1),
             "files": served.files(),
             "threads": served.threads(),
-            "running_at_end": float(running.split()[-1]),
+            "running_at_end": served.gauge("vllm:num_requests_running"),
         }
         assert found["rss_slope_mb_per_10000"] < 1, found
         assert found["running_at_end"] == 0, found

@@ -1,13 +1,15 @@
-"""Programs that we did not write, as their users run them: codex, guidellm, genai-bench. Found on the PATH, or not run.
+"""Programs that we did not write, as their users run them. Found on the PATH, or not run.
 
-    npm install @openai/codex; pip install genai-bench; pip install guidellm (with a CPU build of torch)
-    PATH=... python -m tests.long codex guidellm genai-bench
+    npm install @openai/codex @anthropic-ai/claude-code @continuedev/cli
+    pip install genai-bench; pip install guidellm (environments of their own; guidellm with a CPU build of torch)
+    PATH=... python -m tests.long codex claude continue guidellm genai-bench
 
-Each in an environment of its own. They must see no error, and count the tokens that the server counts.
+They have the settings of docs/guides/serve.md. They must see no error, and count the tokens that the server counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,10 +18,11 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.long.served import KEYS, MODEL, command, serving
+from tests.long.served import KEYS, MODEL, SLOW_S, SLOW_SAYS, command, serving
 
 from tenfold import config
 
@@ -53,7 +56,8 @@ def _ask_codex(url: str, question: str, folder: str) -> dict[str, Any]:
     home = Path(folder, "codex")
     home.mkdir()
     (home / "config.toml").write_text(
-        f'model = "{MODEL}"\nmodel_provider = "tenfold"\n[model_providers.tenfold]\nname = "tenfold"\n'
+        f'model = "{MODEL}"\nmodel_provider = "tenfold"\nmodel_context_window = 1000000\n'
+        '[model_providers.tenfold]\nname = "tenfold"\n'
         f'base_url = "{url}/v1"\nwire_api = "responses"\nenv_key = "TENFOLD_API_KEY"\n'
         "stream_idle_timeout_ms = 20000\nstream_max_retries = 0\nrequest_max_retries = 0\n"
     )
@@ -68,12 +72,9 @@ def codex() -> dict[str, Any]:
     """An engine that reads for 65 seconds, then the embedded model and as long a prompt as a command line holds."""
     if shutil.which("codex") is None:
         return _NOT_RUN
-    began = time.monotonic()
-    with serving("slow") as served, tempfile.TemporaryDirectory() as folder:
-        slow = _ask_codex(served.url, "Say hello.", folder)
-    waited_s = time.monotonic() - began
-    assert slow["said"] == "All is well.", slow
-    assert waited_s > 65
+    with _slow() as (url, folder):
+        slow = _ask_codex(url, "Say hello.", folder)
+    assert slow["said"] == SLOW_SAYS, slow
     text = " ".join(f"Row {number} is locked." for number in range(5000))
     with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
         real = _ask_codex(served.url, text, folder)
@@ -81,7 +82,60 @@ def codex() -> dict[str, Any]:
     assert {name: real[name] for name in ("input_tokens", "output_tokens")} == {
         name: ours[name] for name in ("input_tokens", "output_tokens")
     }, (real, ours)
-    return {"silent_s": 65, "waited_s": round(waited_s, 1), "of_the_embedded_model": ours}
+    return {"silent_s": SLOW_S, "of_the_embedded_model": ours}
+
+
+def claude() -> dict[str, Any]:
+    """Claude Code, and an engine that reads for 65 seconds."""
+    if shutil.which("claude") is None:
+        return _NOT_RUN
+    with _slow() as (url, folder):
+        chosen = {
+            f"ANTHROPIC_{name}MODEL": MODEL for name in ("", "DEFAULT_OPUS_", "DEFAULT_SONNET_", "DEFAULT_HAIKU_")
+        }
+        told = run(
+            ["claude", "-p", "Say hello.", "--output-format", "json"],
+            folder,
+            HOME=folder,
+            ANTHROPIC_BASE_URL=url,
+            ANTHROPIC_AUTH_TOKEN=KEYS[0],
+            CLAUDE_CODE_MAX_CONTEXT_TOKENS="1000000",
+            API_TIMEOUT_MS="3600000",
+            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+            **chosen,
+        )
+    found = json.loads(told)
+    assert (found["result"], found["is_error"]) == (SLOW_SAYS, False), found
+    assert found["modelUsage"][MODEL]["contextWindow"] == 1_000_000, found
+    return {"silent_s": SLOW_S, "input_tokens": found["usage"]["input_tokens"]}
+
+
+def continue_() -> dict[str, Any]:
+    """Continue's own program, with the file that its editors read, and an engine that reads for 65 seconds."""
+    if shutil.which("cn") is None:
+        return _NOT_RUN
+    with _slow() as (url, folder):
+        settings = Path(folder, "config.yaml")
+        settings.write_text(
+            "name: tenfold\nversion: 1.0.0\nschema: v1\nmodels:\n  - name: deepseek\n    provider: openai\n"
+            f"    model: {MODEL}\n    apiBase: {url}/v1\n    apiKey: {KEYS[0]}\n"
+            "    defaultCompletionOptions: { contextLength: 1000000, maxTokens: 32000 }\n"
+            "    requestOptions: { timeout: 3600 }\n"
+        )
+        words = ["cn", "-p", "Say hello.", "--config", str(settings)]
+        said = run(words, folder, HOME=folder, CONTINUE_GLOBAL_DIR=folder, CONTINUE_TELEMETRY_ENABLED="0").strip()
+    assert said == SLOW_SAYS, said
+    return {"silent_s": SLOW_S}
+
+
+@contextlib.contextmanager
+def _slow() -> Iterator[tuple[str, str]]:
+    """An engine that reads for a while, and a folder; one answer is given, not a second one after an error."""
+    began = time.monotonic()
+    with serving("slow") as served, tempfile.TemporaryDirectory() as folder:
+        yield served.url, folder
+        assert time.monotonic() - began > SLOW_S
+        assert served.gauge("vllm:request_success_total") == 1
 
 
 def guidellm() -> dict[str, Any]:

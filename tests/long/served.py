@@ -36,6 +36,7 @@ from tenfold.server.wire import Admitted, Event, Finished, Job, Queued, Ready, S
 
 KEYS = ("alpha-key-1", "beta-key-22")
 MODEL = "tenfold-test"
+SLOW_S, SLOW_SAYS = 65.0, "All is well."
 _NONCE = re.compile(r"nonce-\d+")
 _CLOCK = ("LD_PRELOAD", "FAKETIME", "DONT_FAKE")
 _LONGEST_PAUSE_S = 1.0
@@ -74,12 +75,21 @@ class Served:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return next(line.split(":")[1] for line in text.splitlines() if line.startswith(f"{name}:"))
 
-    def ready(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text; status 0 where nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
-            connection.request("GET", "/ready", headers=auth())
-            return connection.getresponse().status == 200
-        return False
+            connection.request("GET", path, headers=auth())
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        return 0, ""
+
+    def ready(self) -> bool:
+        return self.get("/ready")[0] == 200
+
+    def gauge(self, name: str) -> float:
+        """One figure of /metrics."""
+        return float(next(line for line in self.get("/metrics")[1].splitlines() if line.startswith(name)).split()[-1])
 
     def wait(self, seconds: float = 120.0) -> float:
         """Until it is ready; how long that took."""
@@ -167,12 +177,12 @@ def echo(language: Language) -> Script:
     return script
 
 
-def slow(language: Language, seconds: float = 65.0) -> Script:
-    said = saying("All is well.", language)
+def slow(language: Language) -> Script:
+    said = saying(SLOW_SAYS, language)
 
     def script(job: Job) -> Sequence[Event | float]:
         queued, admitted, *rest = said(job)
-        return [queued, admitted, seconds, *rest]
+        return [queued, admitted, SLOW_S, *rest]
 
     return script
 

@@ -44,6 +44,7 @@ _REST_S = 0.25
 _PULSE_EVERY_S = 0.4
 _TICK_EVERY_S = 0.05
 _QUEUE_EVERY_S = 1.0
+_GATHER_S = 0.01
 _TYPICAL_CONTEXT = 1 << 16
 _LEAST_STREAMED_TOKENS = 4096
 _TURN_S = 2.0
@@ -103,7 +104,7 @@ class Loop:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._store_bytes = 0
         self._newcomers = False
-        self._pulsed_s = self._queued_s = self._ticked_s = 0.0
+        self._pulsed_s = self._queued_s = self._ticked_s = self._sent_s = 0.0
 
     def run(self) -> None:
         """Until it is told to shut down; what was read is then on its way to the store."""
@@ -134,6 +135,7 @@ class Loop:
         if plan.decode or plan.reads:
             self._step(plan)
         else:
+            self._flush()
             self._receive(_REST_S)
 
     # ------------------------------------------------------------------------------------------ what comes
@@ -247,6 +249,8 @@ class Loop:
         began = time.monotonic()
         self._decode([self._tasks[name] for name in plan.decode])
         seconds = time.monotonic() - began
+        if plan.reads:
+            self._flush()
         reads = self._read(plan.reads)
         if reads:
             seconds = time.monotonic() - began
@@ -267,7 +271,7 @@ class Loop:
         for task in self._pass({task: [task.next_id or 0] for task in tasks if not task.over}, tick):
             if not task.over:
                 self._sample(task)
-        self._flush()
+        self._flush(gather=True)
 
     def _read(self, reads: Sequence[Read]) -> tuple[Read, ...]:
         """The parts of prompts that were read; the pass is cut short if most of its tokens are not wanted any more."""
@@ -389,10 +393,14 @@ class Loop:
     def _say(self, event: Event) -> None:
         self._unsent.append(event)
 
-    def _flush(self) -> None:
-        if self._unsent:
-            unsent, self._unsent = self._unsent, []
-            self._send(unsent)
+    def _flush(self, *, gather: bool = False) -> None:
+        """Sends all that is unsent. With `gather`, tokens may wait a moment for the next: what a frame costs both sides
+        is more than what a token does."""
+        now = time.monotonic()
+        may_wait = gather and now - self._sent_s < _GATHER_S and all(isinstance(one, Tokens) for one in self._unsent)
+        if self._unsent and not may_wait:
+            unsent, self._unsent, self._sent_s = self._unsent, [], now
+            self._send(_merged(unsent))
 
     def _report(self) -> None:
         """Places in the queue where they have changed, the figures of the pulse, and all that is unsent."""
@@ -408,7 +416,21 @@ class Loop:
             live = [task.session for task in self._tasks.values() if task.session is not None and not task.over]
             kv_bytes = sum(sum(session.kv_bytes().values()) for session in live)
             self.pulse = Heartbeat(self.steps, len(live), len(self.scheduler.queue()), kv_bytes, 0, self._store_bytes)
-        self._flush()
+        self._flush(gather=True)
+
+
+def _merged(events: Sequence[Event]) -> list[Event]:
+    """The same, tokens of a job that nothing else of it comes between in one event."""
+    merged: list[Event] = []
+    newest: dict[str, int] = {}
+    for event in events:
+        before = merged[newest[event.id]] if event.id in newest else None
+        if isinstance(event, Tokens) and isinstance(before, Tokens):
+            merged[newest[event.id]] = Tokens(event.id, before.tokens + event.tokens)
+        else:
+            newest[event.id] = len(merged)
+            merged.append(event)
+    return merged
 
 
 def _failure(job_id: str, error: BaseException) -> Failed:
