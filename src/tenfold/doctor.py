@@ -7,6 +7,8 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from tenfold import _native, calibration, ops
 from tenfold.errors import BackendMissing, TenfoldError
 from tenfold.machine import Machine, this_machine
@@ -15,7 +17,6 @@ from tenfold.planner.machines import store_measured
 __all__ = ["Check", "examine", "measure"]
 
 _REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "deepseek-recipe", "huggingface_hub", "typer", "rich")
-_ACCELERATORS = ("sgl-flash-mla", "sgl-deep-gemm", "humming-kernels")
 _EXTRAS = {"serve": ("starlette", "uvicorn", "llguidance"), "gpu": ("triton",), "test": ("pytest", "transformers")}
 
 
@@ -94,14 +95,34 @@ def _backends(machine: Machine, kernels: Check) -> list[Check]:
         ),
         Check("backend reference", "ok", "plain torch, float32" + ("" if built else "; what `auto` chooses")),
         _triton(gpus),
-        _accelerators(),
+        *_accelerators(),
     ]
 
 
-def _accelerators() -> Check:
-    """Kernels of others that the GPU backend could call; it has no adapter for any of them yet."""
-    found = ", ".join(f"{name} {_version(name) or 'not found'}" for name in _ACCELERATORS)
-    return Check("accelerators", "ok", f"{found}; not used: the backend's own kernels do all")
+def _accelerators() -> list[Check]:
+    """Kernels of others that may take the place of the GPU backend's: which are here, and what becomes of them."""
+    if _version("triton") is None:
+        return []
+    from tenfold.ops.triton.accelerators import ACCELERATORS
+
+    checks = []
+    for one in ACCELERATORS:
+        if one.version is None:
+            detail = f"not installed, and nothing needs it ({one.purpose})"
+        else:
+            detail = f"{one.version}, {one.purpose}: {f'not used, {one.why_not}' if one.why_not else _tried()}"
+        checks.append(Check(f"accelerator {one.package}", "ok", detail))
+    return checks
+
+
+def _tried() -> str:
+    """The verdict on this machine's GPU, where there is one."""
+    if not torch.cuda.is_available():
+        return "tried on a GPU when a V3.2 model is loaded, and used only if right and faster there"
+    from tenfold.ops.triton.accelerators import try_attention
+
+    verdict, _ = try_attention(torch.device("cuda"), 128)
+    return f"{'used' if verdict.taken else 'not used'}: {verdict.why}"
 
 
 def _triton(gpus: str) -> Check:

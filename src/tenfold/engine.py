@@ -131,6 +131,8 @@ class Engine:
         torch.set_num_threads(min(torch.get_num_threads(), num_threads) if threads is None else num_threads)
         config = configuration.load(source)
         weights = _open(source, config)
+        if hasattr(operations, "accelerate"):
+            operations.accelerate(config)
         resident = 4 * sum(spec.numel for spec in checkpoint.tensors(config)) <= allowed // 4
         counter = None
         if count:

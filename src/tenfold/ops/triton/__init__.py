@@ -15,14 +15,16 @@ What the files agree on:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tenfold.config import DeepseekV32Config, ModelConfig
 from tenfold.ops import Experts, Weight, reference
-from tenfold.ops.triton import attention, compress, experts, hyper, index, linear, route, rows, sessions
+from tenfold.ops.triton import accelerators, attention, compress, experts, hyper, index, linear, route, rows, sessions
 from tenfold.ops.triton.far import FarExperts
 from tenfold.ops.triton.lowp import INTERPRET
 
@@ -48,7 +50,6 @@ class Triton:
     compress = staticmethod(compress.compress)
     route = staticmethod(route.route)
     select_rows = staticmethod(index.select_rows)
-    sparse_attention = staticmethod(attention.sparse_attention)
     store_rows = staticmethod(sessions.store_rows)
     compress_step = staticmethod(sessions.compress_step)
     hc_merge_mix = staticmethod(hyper.hc_merge_mix)
@@ -63,8 +64,18 @@ class Triton:
         self.norm_linear_each = partial(linear.norm_linear_each, parts=parts)
         self.grouped_linear = partial(linear.grouped_linear, parts=parts)
         self.parts = parts
+        self.sparse_attention: Callable[..., Tensor] = attention.sparse_attention
+        self.verdict: accelerators.Verdict | None = None
         self.far: FarExperts | None = None
         self.feed_forward = partial(experts.feed_forward, parts=parts)
+
+    def accelerate(self, config: ModelConfig) -> None:
+        """Lets kernels of others take the place of ours, where they win on this card (`accelerators.py`)."""
+        if self.device.type == "cuda" and isinstance(config, DeepseekV32Config) and self.parts == 1:
+            if accelerators.FLASH_MLA.version is not None:
+                self.verdict, self.sparse_attention = accelerators.try_attention(
+                    self.device, config.num_attention_heads
+                )
 
     def prepare(self, weight: Weight, resident: bool) -> Weight:
         """The weight as it is stored, on the device."""
