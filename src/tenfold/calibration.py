@@ -34,7 +34,7 @@ __all__ = ["calibrate"]
 _MODEL = "tiny-v4-flash"
 _CONTEXT, _DECODES, _CHUNKS, _CHUNK_TOKENS = 1024, 1000, 5, 2048  # over seconds: neighbours come and go
 _WIDTH, _ROWS = 2048, 512
-_KEYS, _QUERIES, _KEY_TILE, _CALLS = 1 << 18, 128, 1 << 12, 7
+_KEYS, _QUERIES, _KEY_TILE, _CALLS = 1 << 18, 512, 1 << 12, 7  # tiles of queries enough to end together
 _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK = 64, 128, 512  # V4's own
 _LEAST_S = 0.5
 _DISK_BYTES, _DISK_BLOCK = 1 << 28, 1 << 22
@@ -110,7 +110,7 @@ def _with_index(measured: Measured, config: ModelConfig) -> Measured:
     enough = _KEYS // 16  # of keys, where scores are nearly all the work
     many_s = _select_s(_QUERIES, enough, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (_QUERIES * enough)
     few_s = _select_s(_QUERIES, _KEYS, heads, dim, topk) / (_QUERIES * _KEYS)
-    alone_s = _select_s(1, _KEYS // 8, heads, dim, topk) / (_KEYS // 8)
+    alone_s = _select_s(1, _KEYS, heads, dim, topk) / _KEYS
     shared = index_tile(_QUERIES, measured.threads)
     tile_s = max(0.0, (alone_s - few_s) / (1 - 1 / shared)) if shared > 1 else 0.0
     many, few = 2 * _INDEX_HEADS * _INDEX_DIM, 2 * heads * dim
