@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from tests.server.clock import awake_s
 from tests.server.fakes import FakeJobs, Script, plain_language, saying, settings
 
 from tenfold.server import engine_client
@@ -93,12 +94,17 @@ class Served:
 
     def wait(self, seconds: float = 120.0) -> float:
         """Until it is ready; how long that took."""
-        began = time.monotonic()
+        began = awake_s()
         while not self.ready():
             assert self.process.poll() is None, "the server has ended"
-            assert time.monotonic() - began < seconds, "the server does not get ready"
+            assert awake_s() - began < seconds, f"the server does not get ready; its engine: {self._engine_state()}"
             time.sleep(0.05)
-        return time.monotonic() - began
+        return awake_s() - began
+
+    def _engine_state(self) -> str:
+        with contextlib.suppress(OSError, StopIteration):
+            return Path(f"/proc/{self.engine_pid()}/status").read_text()
+        return "none"
 
 
 def auth(key: str = KEYS[0]) -> dict[str, str]:

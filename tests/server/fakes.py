@@ -128,7 +128,7 @@ class Served:
 
 def settings(**changed: Any) -> Settings:
     hosts = frozenset({"127.0.0.1", "localhost"})
-    return Settings(**{"names": (MODEL,), "host_names": hosts, "pace_s": 0.0, **changed})
+    return Settings(**{"names": (MODEL,), "host_names": hosts, **changed})
 
 
 @contextlib.contextmanager

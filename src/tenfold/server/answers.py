@@ -126,9 +126,6 @@ class _Answer:
             async with aclosing(events):  # closing it cancels the job
                 async for event in events:
                     self.queue.put_nowait((index, event))
-                    if isinstance(event, Tokens):
-                        # to write costs more than all the rest: what comes meanwhile is written together
-                        await asyncio.sleep(self.call.service.settings.pace_s)
         except Exception as exc:
             self.queue.put_nowait(
                 (index, Failed(job.id, "engine", f"the engine failed: {type(exc).__name__}", again=True))

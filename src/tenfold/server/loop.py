@@ -44,7 +44,7 @@ _REST_S = 0.25
 _PULSE_EVERY_S = 0.4
 _TICK_EVERY_S = 0.05
 _QUEUE_EVERY_S = 1.0
-_GATHER_S = 0.01
+_GATHER_S = 0.02
 _TYPICAL_CONTEXT = 1 << 16
 _LEAST_STREAMED_TOKENS = 4096
 _TURN_S = 2.0
@@ -394,8 +394,8 @@ class Loop:
         self._unsent.append(event)
 
     def _flush(self, *, gather: bool = False) -> None:
-        """Sends all that is unsent. With `gather`, tokens may wait a moment for the next: what a frame costs both sides
-        is more than what a token does."""
+        """Sends all that is unsent. With `gather`, tokens may wait a moment for the next: to wake the other process and
+        have it write to its client costs many times what a token does."""
         now = time.monotonic()
         may_wait = gather and now - self._sent_s < _GATHER_S and all(isinstance(one, Tokens) for one in self._unsent)
         if self._unsent and not may_wait:

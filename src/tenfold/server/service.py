@@ -42,8 +42,6 @@ class Settings:
     names: tuple[str, ...]
     """What the model is called; the first is what answers say."""
     keepalive_s: float = 10.0
-    pace_s: float = 0.02
-    """After tokens were sent, those of so many seconds are gathered."""
     write_timeout_s: float = 60.0
     drain_s: float = 30.0
     body_bytes: int = body.MOST_BODY_BYTES
