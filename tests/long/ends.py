@@ -110,7 +110,7 @@ def signals(times: int = 50) -> dict[str, Any]:
         "out of time": ((signal.SIGINT,), 100_000, "1"),
         "twice": ((signal.SIGTERM, signal.SIGTERM), 100_000, "60"),
     }
-    counts = {"whole": 0, "told": 0, "tidy_but_cut": 0, "untold": 0}
+    counts = {"whole": 0, "told": 0, "refused": 0, "tidy_but_cut": 0, "untold": 0}
     found: dict[str, Any] = {"times": times, "exit_codes": [], "taken_after": 0, "children_left": 0, "not_found": 0}
     longest = dict.fromkeys(ways, 0.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -128,8 +128,11 @@ def signals(times: int = 50) -> dict[str, Any]:
                 found["children_left"] += Path(f"/proc/{engine}").exists()
                 longest[name] = max(longest[name], lived)
                 for answer in answers:
-                    kind = "whole" if answer.error is None else "tidy_but_cut"
-                    counts[kind if answer.done else "told" if answer.error else "untold"] += 1
+                    if answer.status != 200 and answer.error:
+                        counts["refused"] += 1  # it had not begun
+                    else:
+                        kind = "whole" if answer.error is None else "tidy_but_cut"
+                        counts[kind if answer.done else "told" if answer.error else "untold"] += 1
     found |= {**counts, **{f"{name}_lived_s_most": round(seconds, 1) for name, seconds in longest.items()}}
     found["exit_codes"] = sorted(set(found["exit_codes"]))
     assert found["exit_codes"] == [0], found

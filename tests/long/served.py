@@ -39,7 +39,6 @@ KEYS = ("alpha-key-1", "beta-key-22")
 MODEL = "tenfold-test"
 SLOW_S, SLOW_SAYS = 65.0, "All is well."
 _NONCE = re.compile(r"nonce-\d+")
-_CLOCK = ("LD_PRELOAD", "FAKETIME", "DONT_FAKE")
 _LONGEST_PAUSE_S = 1.0
 """Before an engine that died is started again; a hundred deaths would make it half a minute."""
 
@@ -154,18 +153,6 @@ def command(folder: str, *more: str, keys: bool = False) -> Iterator[Served]:
         process.wait()
 
 
-class _Engine(EngineProcess):
-    """Shares this process' clock, faked or not: an engine is not told of its variables otherwise."""
-
-    program = (
-        "-c",
-        "import os, sys; clock = dict(item.split('=', 1) for item in sys.argv[1:-1]); "
-        "command = [sys.executable, '-P', '-m', 'tenfold.server.worker', sys.argv[-1]]; "
-        "os.execve(sys.executable, command, {**os.environ, **clock})",
-        *(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_CLOCK)),
-    )
-
-
 class _Forgetful(list[Any]):
     """A soak would measure what the fake remembers."""
 
@@ -202,7 +189,7 @@ async def _serve(kind: str, port: int, store: str | None) -> None:
         jobs.jobs, jobs.cancelled = _Forgetful(), _Forgetful()
     else:
         engine_client._LONGEST_PAUSE_S = _LONGEST_PAUSE_S
-        jobs = _Engine(Start("tiny-v4-flash", memory="2G", threads=1, store=store))
+        jobs = EngineProcess(Start("tiny-v4-flash", memory="2G", threads=1, store=store))
         await jobs.open()
     hasty = {} if kind == "slow" else {"keepalive_s": 2.0, "write_timeout_s": 20.0}
     service = Service(jobs, language, settings(**hasty), Metrics(MODEL))
