@@ -93,10 +93,11 @@ def test_greedy_tokens_are_those_of_the_reference(load: Load, name: str) -> None
 @pytest.mark.parametrize("name", NETWORKS)
 def test_five_hundred_greedy_tokens(load: Load, name: str) -> None:
     """All are chosen by passes of one token, of eight sessions that stand 63 tokens apart on one timeline: the
-    interpreter takes seconds a pass. With `-s` it prints how many are equal, and how close the others stood."""
+    interpreter takes seconds a pass. Nothing is rounded: in a network of random weights a rounded activation chooses
+    other experts and rows now and then, and then logits are others (docs/concepts/gpu.md). With `-s` it tells."""
     prompt, apart, places = text(40), 63, 8
-    ids, seen = greedy(load(name, "reference").session(640), prompt, apart * places)
-    engine = load(name)
+    ids, seen = greedy(load(name, "reference", "exact").session(640), prompt, apart * places)
+    engine = load(name, "triton", "exact")
     reader, sessions = engine.session(640), [engine.session(640) for _ in range(places)]
     reader.feed(prompt)
     for place, session in enumerate(sessions):
@@ -116,8 +117,8 @@ def test_five_hundred_greedy_tokens(load: Load, name: str) -> None:
     print(
         f"{name}: {places * (apart - 1)} tokens, {len(ties)} not the reference's {ties}; logits within {furthest:.2e}"
     )
-    assert furthest <= TOLERANCE
-    assert all(margin <= 2 * TOLERANCE for _, margin in ties), ties
+    assert furthest <= 1e-3
+    assert all(margin <= 2e-3 for _, margin in ties), ties
 
 
 @pytest.mark.slow
