@@ -42,17 +42,24 @@ def full(prompts: int = 40) -> dict[str, Any]:
         return {"ok": None, "not_run": "a small disk can be mounted by root alone"}
     with (
         tempfile.TemporaryDirectory() as folder,
-        _small_disk(folder, 2),
+        _small_disk(folder, 6),
         serving("real", folder + "/store") as served,
     ):
         found = _answers(served.port, range(prompts))
         again = _answers(served.port, range(prompts))
         left = os.statvfs(folder)
+        stored_bytes = served.gauge("tenfold:store_bytes")
     wrong = sum(a != b for a, b in zip(expected, found, strict=True)) + sum(
         a != b for a, b in zip(expected, again, strict=True)
     )
     assert not wrong, f"{wrong} answers changed"
-    return {"prompts": 2 * prompts, "wrong": wrong, "disk_bytes_left": left.f_bavail * left.f_frsize}
+    assert stored_bytes > 0, "the disk was full before anything was stored"
+    return {
+        "prompts": 2 * prompts,
+        "wrong": wrong,
+        "stored_bytes": int(stored_bytes),
+        "disk_bytes_left": left.f_bavail * left.f_frsize,
+    }
 
 
 def shared(prompts: int = 30) -> dict[str, Any]:
