@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from tenfold.config import RopeSpec
 from tenfold.formats import RowLayout, exact_layout
+from tenfold.machine import shrink_heap
 from tenfold.ops import BatchOps, Experts, FusedOps, Ops, Rows, Weight
 from tenfold.step import BatchSpan, Span, Step
 from tenfold.streams import GrowingRows
@@ -85,6 +86,8 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
                 h[rows] = layer.forward(h[rows], tile)
             if step.pace is not None:
                 step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
+        if len(tiles) > 1:
+            shrink_heap()  # else what tiles leave between small blocks adds up, in some processes and not in others
     return h
 
 
