@@ -38,7 +38,7 @@ class Launches(TorchDispatchMode):
     """Notes what is launched in each layer: kernels, and operations of torch's own that compute."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.layers: dict[int, list[str]] = defaultdict(list)
         self.layer, self.aside = -1, 0
 

@@ -52,11 +52,11 @@ def test_all_of_a_layer_enters_at_once(kinds: int, exact: bool) -> None:
         for k, layout in enumerate(layouts[:kinds]):
             width = (1 + overlap) * layout.width
             values, gates = (sessions_cases.random(n, width, seed=k + j).to(DEVICE) for j in (20, 30))
-            addresses = [torch.tensor([one.data_ptr() for one in some]).to(DEVICE)
-                         for some in ([state.data for state in states[k]], grown[k])]  # fmt: skip
+            state_at, row_at = (torch.tensor([one.data_ptr() for one in some]).to(DEVICE)
+                                for some in ([state.data for state in states[k]], grown[k]))  # fmt: skip
             spread = k == 1 and not exact
             ape, norm = weight(ratio, width, seed=k), weight(layout.width, seed=k + 9)
-            found.append(Group(values, gates, ape, *addresses, norm, layout, spread))
+            found.append(Group(values, gates, ape, state_at, row_at, norm, layout, spread))
         return found
 
     row, norm = sessions_cases.random(n, 24).to(DEVICE), weight(24, seed=4)
