@@ -93,7 +93,7 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
 
 def fused(ops: Ops, step: Step) -> FusedOps | None:
     """What does in one launch what others do in several, where the step is one over tables and the backend has it."""
-    batch = isinstance(step.spans[0], BatchSpan)
+    batch = any(isinstance(span, BatchSpan) for span in step.spans)
     return cast(FusedOps, ops) if batch and hasattr(ops, "hc_merge_mix") else None
 
 
