@@ -250,7 +250,14 @@ def test_ctrl_c_ends_cleanly_with_130(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tenfold", "run", str(model), "--file", str(long), "--max-tokens", "20000"]
     # The slower backend and no end token: the answer must still be going on when the signal comes.
     command += ["--backend", "reference", "--logit-bias", "1=-100"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # What a shell starts in the background ignores this signal, tests too, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stderr is not None
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
