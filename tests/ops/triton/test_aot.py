@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -13,8 +14,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "triton_aot.py"
 SHARED_LIMIT_KB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-V32_ATTENTION, V32_STACK_BYTES = "attention v3.2", 96
-"""576 channels and 512 outputs fill all registers of 8 warps; 16 warps spill more, fewer rows a block cannot be."""
+TABLE = SCRIPT.parent / "results" / "triton-aot.csv"
 PRODUCTS = ("linear", "gate_up", "down", "hyper project", "attention", "index scores")
 
 
@@ -36,11 +36,18 @@ def run(*words: str) -> str:
     return done.stdout
 
 
+def known_spills() -> dict[tuple[str, int], int]:
+    """Bytes of stack by kernel and architecture, as the table names them: what fills all registers spills a little."""
+    with TABLE.open(newline="") as file:
+        return {(one["kernel"], int(one["arch"])): int(one["stack_bytes"]) for one in csv.DictReader(file)}
+
+
 def check(found: list[dict[str, Any]]) -> None:
     assert found
+    known = known_spills()
     for one in found:
         assert one["shared_bytes"] <= SHARED_LIMIT_KB[one["arch"]] * 1024, one
-        assert one["stack_bytes"] <= (V32_STACK_BYTES if one["kernel"].startswith(V32_ATTENTION) else 0), one
+        assert one["stack_bytes"] <= known.get((one["kernel"], one["arch"]), 0), one
         if one["kernel"].startswith(PRODUCTS):
             assert one["matrix"], one
             assert one["wide_loads"], one
