@@ -86,7 +86,7 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
                 h[rows] = layer.forward(h[rows], tile)
             if step.pace is not None:
                 step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
-        if len(tiles) > 1:
+        if len(tiles) > 1 and h.device == _CPU:
             shrink_heap()  # else what tiles leave between small blocks adds up, in some processes and not in others
     return h
 
