@@ -15,12 +15,24 @@ from tenfold.models.blocks import Binder
 from tenfold.models.deepseek_v32 import Attention, DeepseekV32
 from tenfold.ops import Weight, reference
 from tenfold.step import Step
-from training.model import Batch, Noted, StackBinder, TrainingModel, index_loss, recall_loss, scores_of_asked
+from training.facts import DIGITS
+from training.model import (
+    Asked,
+    Batch,
+    Noted,
+    StackBinder,
+    TrainingModel,
+    index_loss,
+    recall_loss,
+    scores_of_asked,
+)
 from training.ops import TrainingOps, head_loss, stored_rows
 
 __all__ = ["TrainingModelV32", "training_model"]
 
 EPS = 1e-6
+# Words before the first digit of a fact, and of an answer before the token that asks for it: attribute, first, second.
+NAMES_TOLD, NAMES_ASKED = (8, 4, 3), (10, 6, 5)
 LOOKING_BACK = 3  # heads of the first layer: enough to tell the four digits of a number apart by what precedes them
 
 
@@ -128,6 +140,9 @@ class TrainingAttentionV32(Attention):
             step.index_losses.append(index_loss(*index, shares.detach().sum(1)))
         if step.asked is not None and self.layer.index == 0:
             step.recall_losses["before"] = _loss_before(shares[:, :LOOKING_BACK], step)
+        if step.asked is not None and self.layer.index == 1:
+            near = scores.masked_fill(hidden[:, None], -torch.inf).transpose(1, 2).flatten(0, 1)
+            step.recall_losses["names"] = _loss_names(near, step.asked, step.length)
         if step.asked is not None and self.layer.index == self.owner.recall_layer:
             mine = q[:, :, : self.owner.recall_heads].flatten(0, 1)[step.asked.tokens]
             every = torch.einsum("nhc,tc->nht", mine, rows.flatten(0, 1))
@@ -171,6 +186,21 @@ def _loss_before(shares: Tensor, step: Batch) -> Tensor:
         follows = positions[:, back:] - positions[:, :-back] == back  # no leap between
         share = shares[:, head].diagonal(-back, 1, 2)[follows]
         losses.append(-share.clamp(min=1e-6).log().mean())
+    return torch.stack(losses).mean()
+
+
+def _loss_names(scores: Tensor, asked: Asked, length: int) -> Tensor:
+    """Minus the logarithm of the shares that digits of facts and the tokens that ask for them give to the words that
+    name the fact, one head to each; `scores` are those of attention, [tokens, heads, S] of all sequences.
+
+    So the third layer finds in a key and in a query whose digit it is, beside which digit.
+    """
+    losses = []
+    for tokens, words in ((asked.told, NAMES_TOLD), (asked.tokens, NAMES_ASKED)):
+        digit = torch.arange(len(tokens)) % DIGITS
+        for head, back in enumerate(words):
+            mine, word = scores[tokens, head], tokens % length - digit - back
+            losses.append((mine.logsumexp(1) - mine.gather(1, word[:, None])[:, 0]).mean())
     return torch.stack(losses).mean()
 
 

@@ -67,11 +67,11 @@ STAGES = (
 
 # V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit.
 STAGES_V32 = (
-    Stage(3_400_000, 256, 4, (5, 7), (1.0, 0.8), looking_up=True),
-    Stage(4_300_000, 256, 4, (5, 7), (0.8, 0.7)),
-    Stage(4_600_000, 512, 2, (7, 14), (0.8, 0.7)),
-    Stage(4_800_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
-    Stage(5_100_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
+    Stage(4_100_000, 256, 4, (5, 7), (1.0, 0.8), looking_up=True),
+    Stage(4_500_000, 256, 4, (5, 7), (0.8, 0.7)),
+    Stage(4_800_000, 512, 2, (7, 14), (0.8, 0.7)),
+    Stage(5_100_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
+    Stage(5_500_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
 )
 
 
@@ -196,10 +196,10 @@ class Pupil:
         return _found(each, recall)
 
     def _recall_loss(self, recall: dict[str, Tensor]) -> Tensor:
-        """Of where attention and indexer look; V3.2's first layer, which looks back, among it."""
+        """Of where attention and indexer look; V3.2's first two layers, which gather, among it."""
         plan = self.plan
         total = plan.recall_weight * recall["attention"] + plan.index_weight * recall["indexer"]
-        return total + plan.before_weight * recall["before"] if "before" in recall else total
+        return total + plan.before_weight * sum(recall[name] for name in ("before", "names") if name in recall)
 
     def _learn(self, lessons: Lessons, dense: bool, quantised: bool) -> dict[str, float]:
         plan = self.plan

@@ -400,9 +400,10 @@ class Session:
             raise UsageError(f"logits is {logits!r}, expected 'last' or 'all'")
         tokens = self.accept(ids, allow_empty=True)
         collected = [torch.empty(0, self.engine.config.vocab_size)]
+        reports = None if progress is None else _Reports(progress)
         for start in range(0, len(tokens), self.need.chunk_tokens):
             chunk = tokens[start : start + self.need.chunk_tokens]
-            tick = None if progress is None else _throttled(progress, start, len(chunk))
+            tick = None if reports is None else reports.chunk(start, len(chunk))
             output = self.engine._run({self: chunk}, every=logits == "all", tick=tick)
             if logits == "all":
                 collected.append(output)
@@ -548,17 +549,34 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return int(differ.argmax()) if differ.any() else length
 
 
-def _throttled(progress: Progress, start: int, num_tokens: int) -> Callable[[float], None]:
-    """Reports tokens as if all layers were one, no more often than people can read."""
-    last_s = time.monotonic()
+class _Reports:
+    """Progress within the chunks of a read, no more often than people can read.
 
-    def tick(share: float) -> None:
-        nonlocal last_s
-        if time.monotonic() - last_s >= _REPORT_EVERY_S and share < 1:
-            progress(start + int(share * num_tokens))
-            last_s = time.monotonic()
+    Layers cost unlike shares of a chunk: how the time of the chunk before went by tells where this one is.
+    """
 
-    return tick
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._passed = [(0.0, 0.0), (1.0, 1.0)]  # share of the layers that was done, seconds from the chunk's start
+
+    def chunk(self, start: int, num_tokens: int) -> Callable[[float], None]:
+        """What to tell the shares of a chunk's layers that are done."""
+        before, began_s = self._passed, time.monotonic()
+        self._passed = [(0.0, 0.0)]
+        last_s = began_s
+
+        def tick(share: float) -> None:
+            nonlocal last_s
+            now_s = time.monotonic()
+            if share > self._passed[-1][0]:
+                self._passed.append((share, now_s - began_s))
+            if now_s - last_s >= _REPORT_EVERY_S and share < 1:
+                shares, seconds = zip(*before, strict=True)
+                done = float(np.interp(share, shares, seconds)) / seconds[-1]
+                self._progress(start + int(done * num_tokens))
+                last_s = now_s
+
+        return tick
 
 
 def _most_dispensable(lengths: list[int]) -> int:
