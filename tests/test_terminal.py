@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,16 @@ import pytest
 from tenfold.terminal import ReadingClock, about, bytes_text, duration_text
 
 
-def ticking(monkeypatch: pytest.MonkeyPatch, costs: list[float]) -> ReadingClock:
+def ticking(
+    monkeypatch: pytest.MonkeyPatch, costs: list[float], work: Callable[[int], float] | None = None, chunks: int = 8
+) -> ReadingClock:
     """A clock over 8 chunks of 1000 tokens, of which the first took `costs` seconds."""
     now = [0.0]
     # Only the module's own `time`: the threads of other tests go on asking the real one.
     monkeypatch.setattr("tenfold.terminal.time", SimpleNamespace(monotonic=lambda: now[0]))
-    clock = ReadingClock(8000)
+    clock = ReadingClock(1000 * chunks)
+    if work is not None:
+        clock.weigh(work)
     for i, seconds in enumerate(costs):
         now[0] += seconds
         clock.advance(1000 * (i + 1))
@@ -32,6 +37,22 @@ def test_the_eta_of_even_chunks_is_linear(monkeypatch: pytest.MonkeyPatch) -> No
     assert clock.eta_s == pytest.approx(8.0)
     assert clock.tokens_per_s == pytest.approx(500.0)
     assert about(clock) == "500 tokens/s  8.0 s left"
+
+
+def test_a_bad_while_at_a_tenth_does_not_foretell_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token costs 1 + its place in the read; from the sixth chunk of a hundred on they take half as long again."""
+    costs = [1.0 + (i + 0.5) / 100 for i in range(100)]
+    slow = [cost * (1.5 if i >= 5 else 1.0) for i, cost in enumerate(costs[:10])]
+    clock = ticking(monkeypatch, slow, lambda position: position + position**2 / 2e5, chunks=100)
+    assert clock.eta_s is not None
+    assert sum(slow) + clock.eta_s == pytest.approx(sum(slow) / sum(costs[:10]) * sum(costs), rel=0.15)
+
+
+def test_what_was_expected_gives_way_to_what_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that were said to cost alike cost more and more."""
+    costs = [1.0 + 2 * i / 100 for i in range(100)]
+    clock = ticking(monkeypatch, costs[:60], float, chunks=100)
+    assert clock.eta_s == pytest.approx(sum(costs[60:]), rel=0.15)
 
 
 def test_getting_faster_never_promises_less_than_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,18 +39,29 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+_DOUBT = 0.05
+"""How far the expected costs are trusted: they count as much as chunks that lie spread over a third of the read."""
+
+
 class ReadingClock:
     """Time a prompt still needs, from the time its chunks took.
 
-    A token at position p costs a + b p, since attention grows with what was read; a and b are fitted to the
-    chunks so far by least squares, b never below zero. The ETA is the sum over the tokens that remain.
+    Tokens are expected to cost alike, or as `weigh` was told. By what factor, the time of all chunks so far says; how
+    the factor drifts with the position is fitted to them by least squares, where they lie far enough apart to tell:
+    neighbours on the machine come and go, and a tenth of a read seen on a bad minute must not foretell the rest.
     """
 
     def __init__(self, total: int, show: Callable[[ReadingClock], None] | None = None) -> None:
         self.total, self.done, self.skipped = total, 0, 0
         self._show = show
         self._began = self._last = time.monotonic()
-        self._chunks: list[tuple[float, float, float]] = []  # middle position, seconds a token, tokens
+        self._chunks: list[tuple[int, float, float, float]] = []  # tokens, their middle, seconds, expected cost
+        self._work: Callable[[int], float] = float
+        self._doubt = 0.0
+
+    def weigh(self, work: Callable[[int], float]) -> None:
+        """Says before the first chunk what tokens cost, in any unit: the sum of those before a position."""
+        self._work, self._doubt = work, _DOUBT
 
     def begin(self, done: int) -> None:
         """Says that the first `done` tokens need not be read."""
@@ -61,9 +72,10 @@ class ReadingClock:
 
     def advance(self, done: int) -> None:
         """Says that the first `done` tokens are read."""
-        now, tokens = time.monotonic(), done - self.done
-        if tokens > 0:
-            self._chunks.append(((self.done + done) / 2, (now - self._last) / tokens, tokens))
+        now = time.monotonic()
+        if done > self.done:
+            cost = self._work(done) - self._work(self.done)
+            self._chunks.append((done - self.done, (self.done + done) / 2, now - self._last, cost))
         self.done, self._last = done, now
         if self._show is not None:
             self._show(self)
@@ -82,18 +94,28 @@ class ReadingClock:
         """Seconds the remaining tokens need; None before the first chunk is done."""
         if not self._chunks:
             return None
-        base, slope = self._cost()
         remaining = self.total - self.done
-        return remaining * (base + slope * (self.done + remaining / 2))
+        expected = self._rate * (self._work(self.total) - self._work(self.done))
+        drift = self._drift * remaining * ((self.done + self.total) / 2 - self._middle)
+        return max(expected + drift, expected / 2)
 
-    def _cost(self) -> tuple[float, float]:
-        weight = sum(n for _, _, n in self._chunks)
-        mean_p = sum(p * n for p, _, n in self._chunks) / weight
-        mean_t = sum(t * n for _, t, n in self._chunks) / weight
-        spread = sum(n * (p - mean_p) ** 2 for p, _, n in self._chunks)
-        common = sum(n * (p - mean_p) * (t - mean_t) for p, t, n in self._chunks)
-        slope = max(0.0, common / spread) if spread > 0 else 0.0
-        return mean_t - slope * mean_p, slope
+    @property
+    def _rate(self) -> float:
+        return sum(seconds for _, _, seconds, _ in self._chunks) / sum(cost for *_, cost in self._chunks)
+
+    @property
+    def _middle(self) -> float:
+        return (self.skipped + self.done) / 2
+
+    @property
+    def _drift(self) -> float:
+        """Seconds by which a token costs more than expected, for each token that it lies behind the middle."""
+        rate, middle = self._rate, self._middle
+        spread, common = self._doubt * float(self.total - self.skipped) ** 3 / 12, 0.0
+        for tokens, place, seconds, cost in self._chunks:
+            spread += tokens * (place - middle) ** 2
+            common += (place - middle) * (seconds - rate * cost)
+        return common / spread if spread > 0 else 0.0
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Knows nothing of machines beyond three peaks, and nothing of money.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tenfold.config import ModelConfig
@@ -21,6 +21,7 @@ __all__ = [
     "Peaks",
     "Work",
     "by_component",
+    "reading_cost",
     "roofline_seconds",
     "step_work",
     "total_flops",
@@ -68,6 +69,8 @@ FP8_EQUIVALENT = Counting("fp8-equivalent", {"fp8": 1.0, "fp4xfp8": 1.0, "bf16":
 """Each FLOP weighed by its tensor-core time relative to fp8; the definition that gives the published 27 % and 10 %."""
 NO_FP4 = Counting("fp8-equivalent without fp4 units", {**FP8_EQUIVALENT.by_precision, "fp4": 1.0})
 """For processors that have no fp4 units (Hopper): the fp4 indexer runs as fp8."""
+_AS_COMPUTED = Counting("as computed", {**RAW.by_precision, "fp4": 0.3})
+"""Index scores are products of integers: on a CPU a multiply-add of theirs takes a third of the time of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,12 @@ def roofline_seconds(work: Iterable[Work], peaks: Peaks) -> float:
 
 def total_flops(work: Iterable[Work], counting: Counting = FP8_EQUIVALENT) -> float:
     return sum(counting.weigh(part) for part in work)
+
+
+def reading_cost(config: ModelConfig | Anatomy) -> Callable[[int], float]:
+    """What reading the tokens before a position costs, in proportion to the time it takes on a CPU."""
+    anatomy = config if isinstance(config, Anatomy) else dissect(config, loaded)
+    return lambda position: total_flops(step_work(anatomy, 0, position), _AS_COMPUTED)
 
 
 def by_component(work: Iterable[Work], counting: Counting = RAW) -> dict[str, float]:

@@ -20,7 +20,7 @@ import torch
 
 from tenfold.engine import Engine
 from tenfold.errors import DoesNotFit, RunError, TenfoldError, UsageError
-from tenfold.planner.anatomy import dissect, loaded
+from tenfold.planner.work import reading_cost
 from tenfold.scheduler import Plan, Policy, QueueFull, Read, Scheduler
 from tenfold.server.task import ReadingPace, Task
 from tenfold.server.wire import (
@@ -93,7 +93,7 @@ class Loop:
     ) -> None:
         self.engine, self.policy, self.inbox, self.grammars = engine, policy, inbox, grammars
         self.scheduler = Scheduler(policy)
-        self._anatomy = dissect(engine.config, loaded)
+        self._reading_cost = reading_cost(engine.config)
         self.pulse = Heartbeat(0, 0, 0, 0, 0, 0)
         self.steps = 0
         self.closing = False
@@ -239,7 +239,7 @@ class Loop:
         cached = task.live.length
         self.scheduler.resumed(task.id, cached)
         self._say(Admitted(task.id, cached))
-        task.pace = ReadingPace.of(task, self._anatomy, cached)
+        task.pace = ReadingPace.of(task, self._reading_cost, cached)
         if cached == len(task.prompt):
             self._sample(task)
 

@@ -13,15 +13,11 @@ from torch import Tensor
 
 from tenfold.engine import Engine, Session
 from tenfold.errors import ContextTooLong, InputError, UsageError
-from tenfold.planner import Anatomy
-from tenfold.planner.work import RAW, Counting, step_work, total_flops
 from tenfold.sampler import Sampler, SamplingParams
 from tenfold.server.wire import Job, Progress, Token
 
 __all__ = ["Matcher", "ReadingPace", "Task"]
 
-_AS_COMPUTED = Counting("as computed", {**RAW.by_precision, "fp4": 0.3})
-"""Index scores are products of integers: a multiply-add of theirs takes a third of the time of others."""
 _WINDOW_MARKS = 60
 _MARK_EVERY_S = 0.5
 
@@ -133,8 +129,8 @@ class ReadingPace:
     _marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_WINDOW_MARKS))
 
     @classmethod
-    def of(cls, task: Task, anatomy: Anatomy, done: int) -> ReadingPace:
-        pace = cls(len(task.prompt), lambda position: total_flops(step_work(anatomy, 0, position), _AS_COMPUTED))
+    def of(cls, task: Task, work_before: Callable[[int], float], done: int) -> ReadingPace:
+        pace = cls(len(task.prompt), work_before)
         pace._marks.append((time.monotonic(), done))
         return pace
 
