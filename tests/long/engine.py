@@ -111,8 +111,8 @@ def stopped(times: int = 20) -> dict[str, Any]:
     return _faults(signal.SIGSTOP, times, 8, notice_s=30.0)
 
 
-def tenancy(probes: int = 1000) -> dict[str, Any]:
-    """R21: what one key has read is neither found nor felt by another."""
+def tenancy(probes: int = 1000, length: int = 200) -> dict[str, Any]:
+    """R21: texts of `length` words that one key has read are neither found nor felt by another."""
     folder = tempfile.mkdtemp(prefix="tenfold-long-")
     cached = 0
     fresh: list[float] = []
@@ -122,12 +122,12 @@ def tenancy(probes: int = 1000) -> dict[str, Any]:
     async def run(served: Served) -> None:
         nonlocal cached
         for i in range(probes):
-            text = words(600, i)
+            text = words(length, i)
             await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])
             hit = await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])
             assert cached_tokens(hit) > 0, "a key finds what it has read itself"
             own.append(hit.ttft_s)
-            pair = [(text, other), (words(600, 10_000 + i), fresh)]
+            pair = [(text, other), (words(length, 10_000 + i), fresh)]
             random.shuffle(pair)
             for probe, times in pair:
                 answer = await ask(served.port, "/v1/completions", body(probe, 2), key=KEYS[1])
@@ -143,6 +143,7 @@ def tenancy(probes: int = 1000) -> dict[str, Any]:
     right = sum(t < threshold for t in other) + sum(t >= threshold for t in fresh)
     found = {
         "probes": probes,
+        "words": length,
         "cached_tokens_of_others": cached,
         "classifier_percent": round(100 * right / (2 * probes), 1),
         "ttft_ms_own": round(1e3 * statistics.median(own), 1),

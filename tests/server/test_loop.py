@@ -21,6 +21,7 @@ from tenfold import Engine, SamplingParams
 from tenfold.engine import Session
 from tenfold.errors import InputError, RunError
 from tenfold.scheduler import Policy
+from tenfold.server import loop
 from tenfold.server.loop import Grammars, Loop, policy_of
 from tenfold.server.task import Matcher, ReadingPace, Task
 from tenfold.server.wire import (
@@ -135,6 +136,45 @@ def test_a_prompt_that_is_read_again_is_not(engine: Engine) -> None:
     assert desk.cached("again") == 400
     assert desk.cached("on") == 400 + 11
     assert desk.ids("again") == desk.ids("first")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_tokens_wait_for_each_other_but_the_first_of_a_stream_for_nobody(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    monkeypatch.setattr(loop, "_GATHER_S", 1e9)
+    desk, prompt = Desk(engine), text(200, 3)
+    if stored:
+        desk.run(job("before", prompt, max_tokens=1))
+    desk.put(job("running", text(40), max_tokens=1000))
+    desk.until(lambda: desk.ids("running"))
+    desk.put(job("new", prompt))
+    tasks = desk.loop._tasks
+    desk.until(lambda: "new" in tasks and tasks["new"].sampled)
+    assert len(desk.ids("new")) == 1
+    desk.until(lambda: tasks["new"].sampled == 10)
+    assert len(desk.ids("new")) == 1
+    assert desk.cached("new") == (200 if stored else 0)
+
+
+def test_nothing_is_computed_within_a_pass_that_may_be_recorded(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, step, within = Desk(plain), plain.step, [False]
+    called: list[bool] = []
+
+    def watched(parts: dict[Session, Any], tick: Callable[[float], None]) -> Any:
+        def inside(share: float) -> None:
+            desk.inbox.put(lambda: called.append(within[0]))
+            within[0] = all(len(ids) == 1 for ids in parts.values())
+            tick(share)
+            within[0] = False
+
+        return step(parts, inside)
+
+    monkeypatch.setattr(plain, "step", watched)
+    desk.run(job("a", text(5)))
+    desk.loop.turn()
+    assert called
+    assert not any(called)
 
 
 def test_keys_do_not_meet(engine: Engine) -> None:

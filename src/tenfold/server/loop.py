@@ -99,6 +99,7 @@ class Loop:
         self.closing = False
         self._send = send
         self._unsent: list[Event] = []
+        self._completed: list[Callable[[], None]] = []
         self._tasks: dict[str, Task] = {}
         self._ended: dict[str, Task] = {}
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="store")
@@ -140,14 +141,22 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------ what comes
 
-    def _receive(self, wait_s: float = 0.0) -> None:
+    def _receive(self, wait_s: float = 0.0, *, recording: bool = False) -> None:
         """Takes what has come, also within a pass: that may be long. At rest, waits a little for it: who looks at
-        the pulse should see that all is well."""
+        the pulse should see that all is well. Where torch may be `recording` a pass, calls wait for its end: what they
+        compute would become part of it."""
         self.steps += 1
+        if not recording:
+            calls, self._completed = self._completed, []
+            for call in calls:
+                call()
         try:
             message = self.inbox.get(timeout=wait_s) if wait_s else self.inbox.get_nowait()
             while True:
-                self._take(message)
+                if recording and callable(message):
+                    self._completed.append(message)
+                else:
+                    self._take(message)
                 message = self.inbox.get_nowait()
         except queue.Empty:
             return
@@ -263,7 +272,7 @@ class Loop:
         def tick(share: float) -> None:
             if not self._has_news():
                 return
-            self._receive()
+            self._receive(recording=True)
             self._report()
             if all(task.over for task in tasks):
                 raise _CutShort

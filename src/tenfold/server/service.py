@@ -31,6 +31,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 _LARGE_BYTES = 64 << 10
 """A larger body is prepared apart from the small ones, which must not wait behind it."""
+_TINY_BYTES = 4 << 10
+"""A body that is parsed sooner than a thread wakes up."""
 _MOST_BODIES = 8
 _JSON = [(b"content-type", b"application/json")]
 
@@ -141,7 +143,7 @@ class Call:
         settings = self.service.settings
         body.check_headers(self.headers, settings.body_bytes)
         raw = await body.read(self.receive, settings.body_bytes, settings.body_grace_s, self._hold)
-        return await self.service.apart(len(raw), body.parse, raw)
+        return body.parse(raw) if len(raw) <= _TINY_BYTES else await self.service.apart(len(raw), body.parse, raw)
 
     def _hold(self, num_bytes: int) -> None:
         """A thousand connections must not hold a thousand of the largest bodies."""
