@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tenfold import Engine, SamplingParams, ops, step
 from tenfold import config as configuration
-from tenfold.engine import Session, parse_bytes
+from tenfold.engine import Session, _Reports, parse_bytes
 from tenfold.errors import ConfigError, ContextTooLong, InputError, StoreError, UsageError
 from tenfold.machine import this_machine
 from tenfold.synth import synth
@@ -512,6 +513,22 @@ def test_a_rewind_that_is_cut_short_can_be_repeated(v4: Engine, monkeypatch: pyt
         session.rewind(90)
     session.rewind(90)
     assert torch.equal(session.feed(ids[90:], logits="all"), whole[90:])
+
+
+def test_progress_within_a_chunk_follows_the_time_of_the_chunk_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two layers the second takes nine tenths of the time."""
+    now = [0.0]
+    monkeypatch.setattr("tenfold.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
+    told: list[int] = []
+    reports = _Reports(told.append)
+    for start in (0, 1000):
+        tick = reports.chunk(start, 1000)
+        now[0] += 1.0
+        tick(0.5)
+        tick(0.5)  # in the middle of a layer: no further
+        now[0] += 9.0
+        tick(1.0)
+    assert told == [500, 1100]
 
 
 def test_a_progress_report_that_fails_leaves_what_was_read(v4: Engine) -> None:

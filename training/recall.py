@@ -68,10 +68,10 @@ STAGES = (
 # V3.2 has no entries that pool four tokens: two layers have to gather what belongs to a digit.
 STAGES_V32 = (
     Stage(4_100_000, 256, 4, (5, 7), (1.0, 0.8), looking_up=True),
-    Stage(4_500_000, 256, 4, (5, 7), (0.8, 0.7)),
-    Stage(4_800_000, 512, 2, (7, 14), (0.8, 0.7)),
-    Stage(5_100_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
-    Stage(5_500_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
+    Stage(4_450_000, 256, 4, (5, 7), (0.8, 0.7)),
+    Stage(4_550_000, 512, 2, (7, 14), (0.8, 0.7)),
+    Stage(4_800_000, 1024, 1, (10, 28), (0.7, 0.5), selects=True),
+    Stage(5_150_000, 1024, 1, (10, 28), (0.5, 0.02), selects=True, quantised=True),
 )
 
 
