@@ -61,6 +61,10 @@ class FakeEngine:
             os._exit(2)
         if start.model == "crashes":
             os._exit(7)
+        if start.model == "hangs":
+            threading.Event().wait()
+        if start.model == "slow":
+            compute(3.0)
         self.send(Ready(start.model, 1000, 1000, 1 << 30, 0, 1.0, 10.0, (0,)))
         threading.Thread(target=self.beat, daemon=True).start()
         for message in messages:
@@ -94,6 +98,12 @@ class FakeEngine:
         elif what == "environment":
             said = " ".join(sorted(os.environ))
             self.send(Failed(job.id, "engine", said))
+
+
+def compute(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(10_000))
 
 
 FakeEngine(socket.socket(fileno=int(sys.argv[1]))).run()

@@ -134,6 +134,17 @@ def test_an_engine_that_cannot_be_loaded_says_why_and_is_not_tried_again(
     run(work)
 
 
+def test_an_engine_that_hangs_while_it_loads_is_ended_and_a_slow_one_is_not() -> None:
+    async def work() -> None:
+        with pytest.raises(RunError, match="stood still"):
+            async with engine("hangs", loading_s=1.0):
+                pass
+        async with engine("slow", loading_s=1.0) as process:
+            assert said(await events_of(process, job("a"))) == (1, 2, 3)
+
+    run(work)
+
+
 def test_a_reader_that_stands_still_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with engine() as process, aclosing(cast(Any, process.run(job("flood", "flood")))) as slow:

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 from tenfold.errors import RunError, TenfoldError, UsageError
@@ -48,6 +49,8 @@ __all__ = ["EngineProcess", "Jobs"]
 _LOOK_EVERY_S, _LOADING_LOOK_S = 0.25, 0.05
 _FRESH_S, _MOVING_S = 3.0, 10.0
 _LEAVE_S = 25.0
+_PAGES_AND_TICKS = slice(7, 15)
+"""Of /proc/PID/stat behind the name: minflt, cminflt, majflt, cmajflt, utime, stime, cutime, cstime."""
 _MOST_UNSENT_BYTES = 64 << 20
 _MOST_UNREAD_TOKENS = 1 << 16
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _GOOD_LIFE_S = 0.5, 30.0, 60.0
@@ -167,14 +170,21 @@ class _Link(asyncio.Protocol):
 class EngineProcess:
     """Jobs in a process of their own. `open` starts it, `close` ends it; between them it is watched.
 
-    `heartbeat_s`: so long it may be silent; `progress_s`: so long its steps may stand still. Then it is killed. With
+    `heartbeat_s`: so long it may be silent; `progress_s`: so long its steps may stand still; `loading_s`: so long it
+    may neither compute nor fetch anything before it is ready, however long that takes. Then it is killed. With
     `restart` it is started again; `over` ends when there will be no engine any more.
     """
 
     program: Sequence[str] = ("-m", "tenfold.server.worker")
 
     def __init__(
-        self, start: Start, *, restart: bool = True, heartbeat_s: float = 10.0, progress_s: float = 60.0
+        self,
+        start: Start,
+        *,
+        restart: bool = True,
+        heartbeat_s: float = 10.0,
+        progress_s: float = 60.0,
+        loading_s: float = 300.0,
     ) -> None:
         self.ready: Ready | None = None
         self.pulse: Heartbeat | None = None
@@ -182,7 +192,7 @@ class EngineProcess:
         """Why the engine could not be loaded, or why there is none any more."""
         self.over: asyncio.Future[None]
         self._start, self._restart = start, restart
-        self._heartbeat_s, self._progress_s = heartbeat_s, progress_s
+        self._heartbeat_s, self._progress_s, self._loading_s = heartbeat_s, progress_s, loading_s
         self._process: subprocess.Popen[bytes] | None = None
         self._link: _Link | None = None
         self._jobs: dict[str, _Events] = {}
@@ -267,7 +277,7 @@ class EngineProcess:
         self._link = link
         link.send(self._start)
         try:
-            await self._watch(link)
+            await self._watch(link, self._process.pid)
         finally:
             was_ready = self.ready is not None
             self._fail_all()
@@ -276,18 +286,29 @@ class EngineProcess:
             await self._reap(self._process)
         return was_ready
 
-    async def _watch(self, link: _Link) -> None:
+    async def _watch(self, link: _Link, pid: int) -> None:
         """Until the connection ends; kills an engine that is silent or stands still. Only time in which we could
         have heard of it counts."""
         self._silent_s = self._still_s = 0.0
+        effort: int | None = None
         while not link.closed.done():
             await asyncio.wait([link.closed], timeout=_LOOK_EVERY_S)
-            if self.ready is not None:
-                self._silent_s += _LOOK_EVERY_S
-                self._still_s += _LOOK_EVERY_S
-                if self._silent_s > self._heartbeat_s or self._still_s > self._progress_s:
-                    _log.error("the engine stands still and is killed")
+            self._silent_s += _LOOK_EVERY_S
+            self._still_s += _LOOK_EVERY_S
+            if self.ready is None:
+                before, effort = effort, _effort(pid)
+                if effort is None or effort != before:
+                    self._still_s = 0.0
+                elif self._still_s > self._loading_s:
+                    self.problem = RunError(
+                        f"the engine has stood still for {self._loading_s:.0f} seconds while it loaded the model and "
+                        "is killed; see whether the model's disk answers, then start the server again"
+                    )
+                    _log.error("%s", self.problem)
                     return
+            elif self._silent_s > self._heartbeat_s or self._still_s > self._progress_s:
+                _log.error("the engine stands still and is killed")
+                return
 
     async def _reap(self, process: subprocess.Popen[bytes]) -> None:
         """The end of a process whose connection has ended; at its own pace only if all is well."""
@@ -297,7 +318,8 @@ class EngineProcess:
             await asyncio.to_thread(process.wait, _LEAVE_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            await asyncio.to_thread(process.wait)
+            with suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk cannot even be killed
+                await asyncio.to_thread(process.wait, _LEAVE_S)
 
     def _fail_all(self) -> None:
         self.ready = self.pulse = None
@@ -357,7 +379,8 @@ class EngineProcess:
         """Takes a message of the engine."""
         match message:
             case Ready():
-                self.ready = message
+                self.ready, self.problem = message, None
+                self._silent_s = self._still_s = 0.0
             case Heartbeat():
                 if self.pulse is None or message.steps != self.pulse.steps:
                     self._still_s = 0.0
@@ -375,6 +398,16 @@ class EngineProcess:
             events.put(Failed(events.job_id, "engine", "the answer was not read; read it as it comes", again=True))
             if self._link is not None:
                 self._link.send(Cancel(events.job_id))
+
+
+def _effort(pid: int) -> int | None:
+    """What a process and its children have computed and fetched so far, in units that only grow: ticks of the processor
+    and pages. None where the system does not tell."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return sum(map(int, words[_PAGES_AND_TICKS]))
 
 
 def _environment(ours: Mapping[str, str]) -> dict[str, str]:
