@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tests.long import ends, engine, load, neighbours, programs, stores
@@ -26,8 +27,7 @@ TESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "codex": programs.codex,
     "claude": programs.claude,
     "continue": programs.continue_,
-    "guidellm": programs.guidellm,
-    "genai-bench": programs.genai_bench,
+    **{name: partial(programs.loaded_by, name) for name in programs.GENERATORS},
     "full": stores.full,
     "shared": stores.shared,
 }

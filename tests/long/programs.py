@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,51 +139,70 @@ def _slow() -> Iterator[tuple[str, str]]:
         assert served.gauge("vllm:request_success_total") == 1
 
 
-def guidellm() -> dict[str, Any]:
-    """40 requests of 256 tokens in, 32 out, four at a time."""
-    if shutil.which("guidellm") is None:
-        return _NOT_RUN
-    with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
-        words = [
-            *("guidellm", "run", "--backend", f"kind=openai_http,target={served.url},model={MODEL},api_key={KEYS[0]}"),
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """A program that sends 40 requests of 256 tokens in, 32 out, four at a time; how it is called, the JSON file it
+    writes, and where in that stand its counts. `leaves`: it may go away from some that it has begun."""
+
+    words: tuple[str, ...]
+    report: str
+    answers: str
+    errors: str
+    input_tokens: str
+    output_tokens: str
+    leaves: bool = False
+
+
+GENERATORS = {
+    "guidellm": Generator(
+        (
+            *("run", "--backend", f"kind=openai_http,target={{url}},model={MODEL},api_key={KEYS[0]}"),
             *("--data", "kind=synthetic_text,prompt_tokens=256,output_tokens=32"),
             *("--tokenizer", f"kind=huggingface_auto,model={TOKENIZER}"),
             *("--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=40"),
-            *("--output", f"kind=json,path={folder}/found.json", "--disable-console"),
-        ]
-        run(words, folder)
-        found = json.loads(Path(folder, "found.json").read_text())["benchmarks"][0]["metrics"]
-        ours = counted(folder)
-    theirs = {
-        "answers": found["request_totals"]["successful"],
-        "input_tokens": int(found["prompt_token_count"]["total"]["total_sum"]),
-        "output_tokens": int(found["output_token_count"]["total"]["total_sum"]),
-    }
-    assert found["request_totals"]["errored"] == 0, found["request_totals"]
-    assert ours == theirs, (ours, theirs)
-    return {"errors": 0, **ours}
-
-
-def genai_bench() -> dict[str, Any]:
-    """40 requests of 256 tokens in, 32 out, four at a time; at its end it leaves some that it has begun."""
-    if shutil.which("genai-bench") is None:
-        return _NOT_RUN
-    with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
-        words = [
-            *("genai-bench", "benchmark", "--api-backend", "openai", "--api-base", served.url, "--api-key", KEYS[0]),
+            *("--output", "kind=json,path={folder}/found.json", "--disable-console"),
+        ),
+        "found.json",
+        "benchmarks.0.metrics.request_totals.successful",
+        "benchmarks.0.metrics.request_totals.errored",
+        "benchmarks.0.metrics.prompt_token_count.total.total_sum",
+        "benchmarks.0.metrics.output_token_count.total.total_sum",
+    ),
+    "genai-bench": Generator(
+        (
+            *("benchmark", "--api-backend", "openai", "--api-base", "{url}", "--api-key", KEYS[0]),
             *("--task", "text-to-text", "--api-model-name", MODEL, "--model", MODEL, "--model-tokenizer", TOKENIZER),
             *("--num-concurrency", "4", "--traffic-scenario", "D(256,32)", "--max-time-per-run", "10"),
-            *("--max-requests-per-run", "40", "--experiment-base-dir", f"{folder}/found", "--log-dir", folder),
-        ]
-        run(words, folder)
-        report = next(path for path in Path(folder, "found").rglob("*.json") if "text-to-text_num" in path.name)
-        found = json.loads(report.read_text())["aggregated_metrics"]
+            *("--max-requests-per-run", "40", "--experiment-base-dir", "{folder}/found", "--log-dir", "{folder}"),
+        ),
+        "found/**/*text-to-text_num*.json",
+        "aggregated_metrics.num_completed_requests",
+        "aggregated_metrics.num_error_requests",
+        "aggregated_metrics.stats.num_input_tokens.sum",
+        "aggregated_metrics.stats.num_output_tokens.sum",
+        leaves=True,
+    ),
+}
+
+
+def loaded_by(name: str) -> dict[str, Any]:
+    """R29: a load generator sees no error, and counts what the server counts."""
+    if shutil.which(name) is None:
+        return _NOT_RUN
+    generator = GENERATORS[name]
+    with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
+        run([name, *(word.format(url=served.url, folder=folder) for word in generator.words)], folder)
+        report = json.loads(next(Path(folder).glob(generator.report)).read_text())
         ours = counted(folder)
-    theirs = {
-        "answers": found["num_completed_requests"],
-        "input_tokens": int(found["stats"]["num_input_tokens"]["sum"]),
-        "output_tokens": int(found["stats"]["num_output_tokens"]["sum"]),
-    }
-    assert found["num_error_requests"] == 0, found["error_codes_frequency"]
+    errors = _at(report, generator.errors)
+    theirs = {name: _at(report, getattr(generator, name)) for name in ("answers", "input_tokens", "output_tokens")}
+    assert errors == 0, report
     assert {name: ours[name] for name in theirs} == theirs, (ours, theirs)
-    return {"errors": 0, **ours}
+    assert generator.leaves or ours == theirs, (ours, theirs)
+    return {"errors": errors, **ours}
+
+
+def _at(found: Any, path: str) -> int:
+    for name in path.split("."):
+        found = found[int(name) if isinstance(found, list) else name]
+    return int(found)
