@@ -22,6 +22,7 @@ TESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "tenancy": engine.tenancy,
     "clock": engine.clock,
     "disconnects": ends.disconnects,
+    "longest": ends.longest,
     "signals": ends.signals,
     "contamination": neighbours.contamination,
     "codex": programs.codex,

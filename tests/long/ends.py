@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import struct
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from tests.long.clients import Answer, ask, request
 from tests.long.engine import body, cached_tokens, words
+from tests.long.load import health
 from tests.long.served import Served, command, serving
 from tests.server.clock import awake_s
 
@@ -78,6 +80,54 @@ def disconnects(count: int = 500, at_once: int = 10) -> dict[str, Any]:
     assert not late, found
     assert not found["kv_bytes_left"], found
     assert found["files_more"] <= 0, found
+    return found
+
+
+def longest(times: int = 10, tokens: int = 1_000_000) -> dict[str, Any]:
+    """R12, R20: a client with the longest prompt goes away while it is read, each time further on; `/health` is asked
+    all the while, also when 5 MB are parsed and tokenised."""
+    dice = random.Random(12)
+    text = words(tokens, 1)
+    sent = request("/v1/completions", body(text, 8))
+    freed: list[float] = []
+
+    async def jobs(served: Served) -> float:
+        return await asyncio.to_thread(_jobs, served)
+
+    async def once(served: Served) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(sent)
+        while not await jobs(served):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(dice.uniform(0, 2))
+        writer.transport.abort()
+        began = awake_s()
+        while await jobs(served):
+            assert awake_s() - began < 60, "what nobody waits for goes on"
+            await asyncio.sleep(0.02)
+        freed.append(awake_s() - began)
+
+    async def run(served: Served) -> list[float]:
+        over = asyncio.Event()
+        probing = asyncio.create_task(health(served.port, over))
+        for _ in range(times):
+            await once(served)
+        over.set()
+        return sorted(await probing)
+
+    with tempfile.TemporaryDirectory() as folder, serving("real", folder + "/store") as served:
+        probes = asyncio.run(run(served))
+    found = {
+        "prompt_bytes": len(text),
+        "prompt_tokens": tokens + 1,
+        "cancels": times,
+        "freed_after_s_most": round(max(freed), 2),
+        "health_probes": len(probes),
+        "health_p50_ms": round(1e3 * statistics.median(probes), 1),
+        "health_p99_ms": round(1e3 * probes[int(0.99 * len(probes))], 1),
+        "health_most_ms": round(1e3 * probes[-1], 1),
+    }
+    assert found["freed_after_s_most"] < _FREE_S, found
     return found
 
 

@@ -55,7 +55,7 @@ async def _slow(port: int, kind: int) -> float:
     return time.monotonic() - began
 
 
-async def _health(port: int, until: asyncio.Event) -> list[float]:
+async def health(port: int, until: asyncio.Event) -> list[float]:
     """How long a probe takes, each on a connection of its own."""
     times = []
     while not until.is_set():
@@ -74,7 +74,7 @@ def streams(count: int = 1000, slow: int = 200) -> dict[str, Any]:
 
     async def run(served: Served) -> dict[str, Any]:
         over = asyncio.Event()
-        probing = asyncio.create_task(_health(served.port, over))
+        probing = asyncio.create_task(health(served.port, over))
         slow_ones = [asyncio.create_task(_slow(served.port, i % 3)) for i in range(slow)]
         await asyncio.sleep(1)
         began = time.monotonic()
