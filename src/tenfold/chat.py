@@ -18,7 +18,7 @@ import deepseek_recipe
 
 from tenfold import chat_v32
 from tenfold.chat_v32 import Event
-from tenfold.errors import ConfigError, InputError, TenfoldError, UsageError
+from tenfold.errors import ConfigError, InputError, TenfoldError, UsageError, reading
 from tenfold.tokenizer import Prompt, Tokenizer
 
 __all__ = [
@@ -119,10 +119,12 @@ def _named(name: str) -> Profile:
 
 
 def _knows_official_efforts(fields: Mapping[str, Any], folder: str | Path | None) -> bool:
-    encoder = None if folder is None else Path(folder) / _V4_ENCODER
-    if encoder is not None and encoder.is_file():
-        with encoder.open(encoding="utf-8", errors="replace") as file:
-            return "REASONING_EFFORT_PROMPTS" in file.read(_V4_ENCODER_CHARS)
+    if folder is not None:
+        encoder = Path(folder) / _V4_ENCODER
+        with reading(encoder):
+            if encoder.is_file():
+                with encoder.open(encoding="utf-8", errors="replace") as file:
+                    return "REASONING_EFFORT_PROMPTS" in file.read(_V4_ENCODER_CHARS)
     return any(key.startswith("dspark_") for key in fields)
 
 

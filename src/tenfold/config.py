@@ -301,9 +301,9 @@ def load(source: str | Path) -> ModelConfig:
     if isinstance(source, str) and source in PRESETS:
         return preset(source)
     path = locate(source)
-    if path.is_dir():
-        path = path / "config.json"
     try:
+        if path.is_dir():
+            path = path / "config.json"
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(

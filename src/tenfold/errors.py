@@ -14,6 +14,10 @@ TenfoldError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 __all__ = [
     "BackendMissing",
     "CheckpointError",
@@ -25,6 +29,7 @@ __all__ = [
     "StoreError",
     "TenfoldError",
     "UsageError",
+    "reading",
 ]
 
 
@@ -70,3 +75,14 @@ class BackendMissing(RunError):
 
 class DoesNotFit(RunError):
     """Memory, disk or context are too small for the request."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the disk answers while a checkpoint is read becomes one sentence."""
+    try:
+        yield
+    except OSError as exc:
+        raise CheckpointError(
+            f"{exc.filename or path} cannot be read: {exc.strerror or exc}; check the disk it is on, then try again"
+        ) from exc

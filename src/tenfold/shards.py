@@ -193,10 +193,13 @@ def open_regular(path: Path) -> BinaryIO:
         raise _Missing("is missing") from None
     except OSError as exc:
         raise CheckpointError(f"cannot be opened: {exc.strerror}") from exc
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError("is not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
         os.close(descriptor)
-        raise CheckpointError("is not a regular file")
-    return os.fdopen(descriptor, "rb")
+        raise
 
 
 def _read_header(file: BinaryIO, file_bytes: int) -> bytes:
@@ -423,6 +426,8 @@ def _try_shard(root: Path, name: str, problems: Problems) -> Shard | None:
         problems.add("missing shards", shown(name))
     except CheckpointError as exc:
         problems.add("damaged shards", f"{shown(name)} {exc}")
+    except OSError as exc:
+        problems.add("unreadable shards", f"{shown(name)}: {exc.strerror}")
     return None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from tenfold.errors import CheckpointError, InputError, TenfoldError
+from tenfold.errors import CheckpointError, InputError, TenfoldError, reading
 
 __all__ = ["Detokenizer", "Prompt", "Tokenizer"]
 
@@ -75,7 +75,8 @@ class Tokenizer:
 
         `config_vocab_size` is the number of rows the model has: a larger vocabulary is refused.
         """
-        file = _tokenizer_file(Path(path))
+        with reading(Path(path)):
+            file = _tokenizer_file(Path(path))
         with _mapped(CheckpointError, f"{file} is not a usable tokenizer.json; download it again"):
             document = _read_json(file)
             eos_token_ids = _eos_token_ids(file.parent, document)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tenfold import checkpoint
 from tenfold.checkpoint import TensorSpec
 from tenfold.config import ModelConfig
-from tenfold.errors import CheckpointError, DoesNotFit
+from tenfold.errors import CheckpointError, DoesNotFit, reading
 from tenfold.formats import I64, MXFP4, WeightFormat
 from tenfold.ops import Weight
 from tenfold.shards import Problems, Shard, Stored, StoredTensor, open_regular, read_folder, shown
@@ -160,7 +160,11 @@ def open_weights(folder: Path, config: ModelConfig) -> Weights:
 
     Reads headers only. All that is wrong is listed in one `CheckpointError`.
     """
-    problems = Problems(folder)
+    with reading(folder):
+        return _open(folder, config, Problems(folder))
+
+
+def _open(folder: Path, config: ModelConfig, problems: Problems) -> Weights:
     stored = read_folder(folder, problems)
     names, draft = _by_official_name(config, stored, problems)
     excused = {checkpoint.canonical_name(config, name) for name in stored.unread}

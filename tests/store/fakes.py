@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -37,6 +38,11 @@ TIMELINE = timeline()
 
 def digests(tokens: Sequence[int]) -> np.ndarray:
     """uint64 [len(tokens) + 1]: a number for each prefix; two different prefixes never share one."""
+    return _digests(tuple(tokens))
+
+
+@lru_cache(1000)
+def _digests(tokens: tuple[int, ...]) -> np.ndarray:
     numbers = [1]
     for token in tokens:
         numbers.append((numbers[-1] * 6364136223846793005 + token * 2654435761 + 1442695040888963407) % (1 << 64))

@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/uio.h>
@@ -136,6 +137,14 @@ ON_PATH(lstat, (const char *path, struct stat *found), (path, found))
 ON_PATH(lstat64, (const char *path, struct stat64 *found), (path, found))
 ON_PATH(statvfs, (const char *path, struct statvfs *found), (path, found))
 ON_PATH(statvfs64, (const char *path, struct statvfs64 *found), (path, found))
+
+#define MAP(name) \
+    void *name(void *at, size_t length, int access, int flags, int fd, off_t offset) { \
+        REAL(name); \
+        return is_ours(fd) && fails() == 1 ? MAP_FAILED : real(at, length, access, flags, fd, offset); \
+    }
+MAP(mmap)
+MAP(mmap64)
 
 DIR *opendir(const char *path) {
     REAL(opendir);

@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tests.store.fakes import Feeder, restore
+from tests.store.preload import preload
 
 from tenfold.errors import StoreError
 from tenfold.store import Store
@@ -127,11 +127,7 @@ def main(folder: Path, stride: int) -> None:
 
 
 if __name__ == "__main__":
+    preload(SOURCE, "faults_arm", "tests.store.faults")
     torch.set_num_threads(1)
     place, steps = Path(sys.argv[1]).resolve(), int(sys.argv[2])
-    if not hasattr(ctypes.CDLL(None), "faults_arm"):
-        built = place / "faults.so"
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(built), str(SOURCE), "-ldl"], check=True)
-        os.execve(sys.executable, [sys.executable, "-m", "tests.store.faults", *sys.argv[1:]],
-                  {**os.environ, "LD_PRELOAD": str(built)})  # fmt: skip
     main(place, steps)

@@ -15,8 +15,9 @@ import pytest
 import xxhash
 from tests.store.fakes import Feeder, restore, timeline
 
-from tenfold.store import Store
+from tenfold.store import Store, contents, recovery
 from tenfold.store.files import Damaged, open_file, read_header
+from tenfold.store.folder import Folder
 
 TEXT = [int(token) for token in np.random.default_rng(5).integers(0, 1000, 900)]
 FIRST = 300
@@ -159,6 +160,30 @@ def test_what_was_evicted_meanwhile_is_no_damage(fed: Store, warned: list[str]) 
     other.close()
 
 
+def test_what_is_evicted_while_it_is_adopted_is_no_damage(
+    fed: Store, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gone when it is opened, or when it has been read."""
+    gone = "ab" * 32
+    ghosts = {"segments": gone, "points": f"{gone}-7"}
+    found = Folder.found
+    monkeypatch.setattr(Folder, "found", lambda self, kind: found(self, kind) | {ghosts[kind]: None})
+    assert fed.adopt() == 0
+    last = segments(fed)[-1]
+    fed.index.remove_segments([last.name])
+    read = contents.read_tokens
+
+    def read_and_lose(path: Path, key: str) -> object:
+        tokens = read(path, key)
+        path.unlink()
+        return tokens
+
+    monkeypatch.setattr(recovery, "read_tokens", read_and_lose)
+    assert fed.adopt() == 0
+    assert not last.exists()
+    assert warned == []
+
+
 def test_files_without_rows_in_the_index_are_adopted(fed: Store, warned: list[str]) -> None:
     rows = fed.index.segments(), fed.index.points()
     fed.close()
@@ -183,6 +208,48 @@ def test_a_damaged_index_is_made_again(fed: Store, warned: list[str]) -> None:
     assert len(warned) == 1
     assert "damaged" in warned[0]
     again.close()
+
+
+def test_an_index_that_contradicts_itself_does_not_hold_up_eviction(
+    fed: Store, warned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is evicted is found again and again."""
+    monkeypatch.setattr(fed.index, "remove_segments", lambda keys: None)
+    fed.limit_bytes = 1
+    Feeder(fed).feed([1, 2, 3])
+    assert warned == ["storing pauses: the index contradicts itself"]
+
+
+def test_damage_that_cannot_be_removed_is_met_once(fed: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fed, "_remove", lambda key: None)
+    fed.warn = lambda text: None
+    flip(segments(fed)[2], -1)
+    assert restore(fed, TEXT).position == 2 * FIRST
+
+
+def check_spoiled_index(folder: Path, count: int, seed: int) -> None:
+    """Rows are the truth whatever the index says, and all can be stored again, now and after the next opening."""
+    dice = random.Random(seed)
+    for number in range(count):
+        store = Store(folder, warn=lambda text: None)
+        Feeder(store).feed(TEXT, FIRST)
+        store.close()
+        how = spoil(folder / "index.sqlite", dice.choice(list(folder.glob("segments/*/*"))), dice)
+        store = Store(folder, dice.choice((None, 20_000)), warn=lambda text: None)
+        restore(store, TEXT)
+        store.limit_bytes = None
+        Feeder(store).feed(TEXT, FIRST)
+        assert restore(store, TEXT).position == len(TEXT), (number, how)
+        store.close()
+
+
+def test_spoiled_indices(tmp_path: Path) -> None:
+    check_spoiled_index(tmp_path, 40, seed=1)
+
+
+@pytest.mark.slow
+def test_many_spoiled_indices(tmp_path: Path) -> None:
+    check_spoiled_index(tmp_path, 2_000, seed=2)
 
 
 def test_what_hangs_on_nothing_is_removed_at_opening(fed: Store) -> None:

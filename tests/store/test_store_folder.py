@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ from tenfold.store import files as files_module
 from tenfold.store.thinning import superfluous
 
 ROOT = Path(__file__).parents[2]
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -253,11 +257,11 @@ def test_threads_may_share_a_store(store: Store, warned: list[str]) -> None:
     assert warned == []
 
 
-def run(module: str, *arguments: object) -> dict[str, int]:
+def run(module: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, int] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -297,13 +301,37 @@ def check_faults(folder: Path, stride: int) -> None:
     assert set(wrong.values()) == {0}, wrong
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def check_power(states: int, seed: int) -> None:
+    """Nothing is wrong or lost; a writer that does not sync is found out, and so is a disk that lies about it."""
+    found = run("tests.store.power", states, seed)
+    naive, lying = found.pop("naive"), [found.pop(name) for name in list(found) if name.startswith("lying")]
+    assert found["states"] == states
+    assert naive["wrong"] > naive["states"] // 10, "the harness loses too little"
+    assert all(one["lost"] > one["states"] // 20 for one in lying), lying
+    wrong = [{name: one[name] for name in ("wrong", "raised", "refused", "not_again", "over_limit",
+                                           "temporaries_left", "unlike")} for one in (found, *lying)]  # fmt: skip
+    assert not any(count for one in wrong for count in one.values()), wrong
+    assert found["lost"] == found["twice"] == 0
+
+
+@needs_compiler
+def test_losses_of_power() -> None:
+    check_power(40, seed=1)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_many_losses_of_power() -> None:
+    check_power(10_000, seed=2)
+
+
+@needs_compiler
 def test_some_calls_fail(tmp_path: Path) -> None:
     check_faults(tmp_path, 200)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+@needs_compiler
 def test_every_call_fails(tmp_path: Path) -> None:
     check_faults(tmp_path, 1)
 

@@ -94,7 +94,7 @@ class Store:
         self.limit_bytes = limit_bytes
         self.warn = warn
         self._trouble = ""
-        self._unreadable: set[str] = set()  # for now: no file handles left, or damage that cannot be dropped
+        self._unreadable: set[str] = set()  # for now: no file handles left, or damage, dropped or not
         self._lock = threading.RLock()
         if self.folder.was_open_to_others:
             warn(f"the store {folder} was open to other users; it is yours alone again (mode 0700)")
@@ -311,6 +311,7 @@ class Store:
                 path.unlink(missing_ok=True)
             elif path.exists():
                 self.index.add_point(PointRow(row.segment, row.position, row.kind, num_bytes))
+        self._unreadable.discard(path.name)
 
     def _thin(self, chain: tuple[Link, ...]) -> None:
         """Removes automatic points of the chain that later ones have made superfluous."""
@@ -336,11 +337,15 @@ class Store:
 
     def _evict(self, num_bytes: int, keep: Collection[str]) -> bool:
         """Removes what is missed least until the limit leaves `num_bytes`; whether it does."""
+        before = None
         while self.limit_bytes is not None and self.index.total_bytes() + num_bytes > self.limit_bytes:
             leaf = self.index.leaf_to_evict(keep)
             if leaf is None:
                 return False
+            if leaf == before:
+                raise sqlite3.DatabaseError("the index contradicts itself")
             self.remove(leaf.key)
+            before = leaf
         return True
 
     def remove(self, key: str) -> None:
@@ -383,11 +388,11 @@ class Store:
 
     def _drop(self, name: str, drop: Callable[[], None]) -> None:
         """Waits for whoever is just evicting the same: its file goes before its row."""
+        self._unreadable.add(name)  # whatever comes of it, or it might be matched again and again
         try:
             with self.index.transaction():
                 drop()
         except (OSError, sqlite3.Error) as exc:
-            self._unreadable.add(name)  # or it would be matched again and again
             self._trouble_with(f"damage cannot be removed: {exc}")
 
     def _trouble_with(self, what: str) -> None:

@@ -7,6 +7,8 @@ belongs in one `transaction`.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sqlite3
 import threading
 import time
@@ -32,6 +34,9 @@ CREATE TABLE IF NOT EXISTS points (
 """
 _SEGMENT = "SELECT key, digest, model, parent, start, stop, first_token, bytes, hits, turn, used_s FROM segments"
 _POINT = "SELECT segment, position, kind, bytes FROM points"
+_SEGMENT_KINDS = (str, str, str, str, int, int, int, int, int, int, float)
+_POINT_KINDS = (str, int, str, int)
+_KEY = re.compile("([0-9a-f]{64})?")
 _AMONG = "IN (SELECT value FROM json_each(?))"
 
 
@@ -71,18 +76,31 @@ class Index:
     """The tables of one store; usable from several threads."""
 
     def __init__(self, path: Path) -> None:
+        """Raises sqlite3.OperationalError if the disk or another process is in the way, DatabaseError for damage."""
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        self._db.text_factory = lambda text: text.decode(errors="replace")  # damage must not look like a failing disk
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")  # a commit lost with the power is found again in the files
             self._db.execute("PRAGMA wal_autocheckpoint=100")  # pages: the log stays small, also on a small disk
             self._db.executescript(_SCHEMA)
-            self._all(_SEGMENT + " LIMIT 1")
-            self._all(_POINT + " LIMIT 1")
-        except sqlite3.Error:
+            self._check()
+        except (sqlite3.Error, UnicodeDecodeError) as exc:
             self._db.close()
+            if _is_damage(exc, path):
+                raise sqlite3.DatabaseError(str(exc)) from exc
             raise
+
+    def _check(self) -> None:
+        """Raises sqlite3.DatabaseError unless all of it agrees and makes sense: damage would else be met in use."""
+        (problem,) = self._all("PRAGMA integrity_check(1)")[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(" ".join(problem.split()))
+        for table, kinds, keys in (_SEGMENT, _SEGMENT_KINDS, (0, 3)), (_POINT, _POINT_KINDS, (0,)):
+            for row in self._all(table):
+                if tuple(map(type, row)) != kinds or not all(_KEY.fullmatch(row[at]) for at in keys):
+                    raise sqlite3.DatabaseError(f"a row that makes no sense, {str(row)[:80]}")
 
     def close(self) -> None:
         with self._lock:
@@ -184,3 +202,11 @@ class Index:
 
     def remove_point(self, segment: str, position: int) -> None:
         self._all("DELETE FROM points WHERE segment = ? AND position = ?", segment, position)
+
+
+def _is_damage(problem: Exception, path: Path) -> bool:
+    """Whether the contents are at fault: SQL that fails, or what "cannot be written" though its file can."""
+    if not isinstance(problem, sqlite3.OperationalError):
+        return True
+    code = problem.sqlite_errorcode
+    return code == sqlite3.SQLITE_ERROR or (code == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK))

@@ -6,7 +6,9 @@ check, headers and tokens only; `load` checks the rest when it reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tenfold.store.contents import point_facts, read_tokens
@@ -20,20 +22,18 @@ __all__ = ["adopt", "enter_point", "enter_segment", "point_row", "segment_row"]
 def adopt(folder: Folder, index: Index, warn: Callable[[str], None]) -> int:
     """Takes in what is whole and hangs on something; returns how many files."""
     known = {row.key for row in index.segments()}
-    segments, points = [], []
+    segments = []
     for name in folder.found("segments").keys() - known:
-        try:
-            segments.append(segment_row(folder.segment(name), name))
-        except Damaged as exc:
-            _discard(folder.segment(name), exc, warn)
+        path = folder.segment(name)
+        with _discarded_if_damaged(path, warn):
+            segments.append(segment_row(path, name))
     adopted = sum(enter_segment(folder, index, row) for row in sorted(segments, key=lambda row: row.start))
+    points = []
     for name in folder.found("points").keys() - {row.name for row in index.points()}:
         key, _, position = name.partition("-")
         path = folder.point(key, int(position))
-        try:
+        with _discarded_if_damaged(path, warn):
             points.append(point_row(path, key, int(position)))
-        except Damaged as exc:
-            _discard(path, exc, warn)
     return adopted + sum(enter_point(folder, index, row) for row in points)
 
 
@@ -80,6 +80,15 @@ def enter_point(folder: Folder, index: Index, row: PointRow) -> bool:
     return True
 
 
-def _discard(path: Path, problem: Damaged, warn: Callable[[str], None]) -> None:
-    warn(f"{path.parent.parent.name[:-1]} {path.name[:12]} of the store is damaged ({problem}); it is dropped")
-    path.unlink(missing_ok=True)
+@contextmanager
+def _discarded_if_damaged(path: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """One that another process has evicted meanwhile is no damage."""
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except Damaged as exc:
+        if os.path.lexists(path):
+            name = f"{path.parent.parent.name[:-1]} {path.name[:12]}"
+            warn(f"{name} of the store is damaged ({exc}); it is dropped")
+            path.unlink(missing_ok=True)
