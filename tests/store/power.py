@@ -125,13 +125,18 @@ def unlike(folder: Path, told: Path) -> int:
 
 
 def required(record: list[Entry], at: int) -> list[int]:
-    """What must be found of each text after the first `at` entries: as much as was said before and after them."""
-    said = [(number, json.loads(entry.data)) for number, entry in enumerate(record) if entry.what == "!"]
-    before = [what for number, what in said if number < at]
-    after = [what for number, what in said if number >= at]
-    if not before:
+    """What must be found of each text after the first `at` entries: as much as was said before and after them.
+
+    Nothing while files are being evicted or thinned out, since what replaces them may not have been written yet.
+    """
+    said = [number for number, entry in enumerate(record) if entry.what == "!"]
+    before = max((number for number in said if number < at), default=None)
+    if before is None:
         return [0] * TEXTS
-    return [min(pair) for pair in zip(before[-1], after[0] if after else before[-1], strict=True)]
+    after = min((number for number in said if number >= at), default=before)
+    if any(entry.what == "u" and entry.path.startswith(("segments", "points")) for entry in record[before:after]):
+        return [0] * TEXTS
+    return [min(pair) for pair in zip(*(json.loads(record[number].data) for number in (before, after)), strict=True)]
 
 
 def check(folder: Path, least: list[int], found: Found) -> None:
@@ -194,7 +199,7 @@ def losses(
 ) -> Found:
     """Makes so many disks and looks at each; what was found, by kind."""
     dice = random.Random(seed)
-    root = start(folder / "start", lies)
+    root = start(folder / "start", lies, dice)
     kinds = ("wrong", "lost", "refused", "raised", "twice", "not_again", "over_limit", "temporaries_left", "warned",
              "unlike")  # fmt: skip
     found = {"states": 0, "records": 0, "operations": 0} | dict.fromkeys(kinds, 0)
@@ -217,16 +222,16 @@ def losses(
         disk.root.write(folder / "told")
         found["unlike"] += unlike(folder / "live", folder / "told")
         end()
-        root = dice.choice((lost, disk.root, start(folder / "start", lies)))
+        root = dice.choice((lost, disk.root, start(folder / "start", lies, dice)))
         for name in ("live", "told"):
             shutil.rmtree(folder / name)
     return found
 
 
-def start(path: Path, lies: Lies) -> Folder:
-    """Nothing, or what an honest disk holds of an empty store: a mark without contents is refused, as it should be."""
+def start(path: Path, lies: Lies, dice: random.Random) -> Folder:
+    """Nothing, or only the mark; or what an honest disk holds of an empty store: a mark that is torn is refused."""
     if not lies:
-        return Folder()
+        return dice.choice((Folder(), Folder({"VERSION": [File(b"tenfold store, version 1\n")]})))
     Store(path).close()
     made = Folder.read(path)
     shutil.rmtree(path)

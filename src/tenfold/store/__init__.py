@@ -115,12 +115,18 @@ class Store:
 
     def _open_index(self) -> Index:
         try:
-            return Index(self.folder.index)
-        except sqlite3.OperationalError as exc:
+            return self._sound_index()
+        except (OSError, sqlite3.Error) as exc:
             raise StoreError(
                 f"the index of the store {self.folder.path} cannot be opened: {exc}; "
                 "choose a folder on a local disk that you may write to"
             ) from None
+
+    def _sound_index(self) -> Index:
+        try:
+            return Index(self.folder.index)
+        except sqlite3.OperationalError:
+            raise
         except sqlite3.DatabaseError as exc:
             self.warn(f"the index of the store was damaged ({exc}) and is made again from its files")
             for suffix in ("", "-wal", "-shm"):

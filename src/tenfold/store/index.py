@@ -7,7 +7,6 @@ belongs in one `transaction`.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sqlite3
 import threading
@@ -85,6 +84,7 @@ class Index:
             self._db.execute("PRAGMA synchronous=NORMAL")  # a commit lost with the power is found again in the files
             self._db.execute("PRAGMA wal_autocheckpoint=100")  # pages: the log stays small, also on a small disk
             self._db.executescript(_SCHEMA)
+            self._db.execute("DELETE FROM points WHERE 0")  # SQLite falls back to reading alone, which would last
             self._check()
         except (sqlite3.Error, UnicodeDecodeError) as exc:
             self._db.close()
@@ -96,7 +96,10 @@ class Index:
         """Raises sqlite3.DatabaseError unless all of it agrees and makes sense: damage would else be met in use."""
         (problem,) = self._all("PRAGMA integrity_check(1)")[0]
         if problem != "ok":
-            raise sqlite3.DatabaseError(" ".join(problem.split()))
+            code = re.search(r"error code=(\d+)", problem)  # of a page that the disk, perhaps, did not give
+            damaged = code is None or int(code[1]) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+            kind = sqlite3.DatabaseError if damaged else sqlite3.OperationalError
+            raise kind(" ".join(problem.split()))
         for table, kinds, keys in (_SEGMENT, _SEGMENT_KINDS, (0, 3)), (_POINT, _POINT_KINDS, (0,)):
             for row in self._all(table):
                 if tuple(map(type, row)) != kinds or not all(_KEY.fullmatch(row[at]) for at in keys):
@@ -205,8 +208,14 @@ class Index:
 
 
 def _is_damage(problem: Exception, path: Path) -> bool:
-    """Whether the contents are at fault: SQL that fails, or what "cannot be written" though its file can."""
+    """Whether the contents are at fault, and neither the disk nor another process."""
     if not isinstance(problem, sqlite3.OperationalError):
         return True
-    code = problem.sqlite_errorcode
-    return code == sqlite3.SQLITE_ERROR or (code == sqlite3.SQLITE_READONLY and os.access(path, os.W_OK))
+    code = getattr(problem, "sqlite_errorcode", None)
+    return code == sqlite3.SQLITE_ERROR or (code == sqlite3.SQLITE_READONLY and _claims_to_be_newer(path))
+
+
+def _claims_to_be_newer(path: Path) -> bool:
+    """Whether the header names a version for writers that SQLite does not know, so that it will only read."""
+    with path.open("rb") as file:
+        return file.read(19)[18:] > b"\2"
