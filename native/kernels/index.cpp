@@ -137,11 +137,12 @@ void spread_keys(const float* rows, int64_t stride, float* keys) {
 }
 
 // scores of float_keys keys = sum over heads of weight * relu(head . key).
-void score_floats(const float* q, const float* weights, int64_t heads, int64_t dim, int64_t stride, const float* keys,
-                  float* scores) {
+template <int Heads>
+void score_heads(const float* q, const float* weights, int64_t heads, int64_t dim, int64_t stride, const float* keys,
+                 float* scores) {
     __m256 total[3] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int64_t head = 0; head < heads; head += group) {
-        __m256 sums[group][3];
+    for (int64_t head = 0; head < heads; head += Heads) {
+        __m256 sums[Heads][3];
         for (auto& row : sums) {
             for (auto& sum : row) sum = _mm256_setzero_ps();
         }
@@ -149,12 +150,12 @@ void score_floats(const float* q, const float* weights, int64_t heads, int64_t d
         for (int64_t c = 0; c < dim; ++c) {
             const __m256 key[3] = {_mm256_load_ps(keys + c * float_keys), _mm256_load_ps(keys + c * float_keys + 8),
                                    _mm256_load_ps(keys + c * float_keys + 16)};
-            for (int h = 0; h < group; ++h) {
+            for (int h = 0; h < Heads; ++h) {
                 const __m256 channel = _mm256_broadcast_ss(channels + h * stride + c);
                 for (int i = 0; i < 3; ++i) sums[h][i] = _mm256_fmadd_ps(channel, key[i], sums[h][i]);
             }
         }
-        for (int h = 0; h < group; ++h) {
+        for (int h = 0; h < Heads; ++h) {
             const __m256 weight = _mm256_broadcast_ss(weights + head + h);
             for (int i = 0; i < 3; ++i) {
                 total[i] = _mm256_fmadd_ps(_mm256_max_ps(sums[h][i], _mm256_setzero_ps()), weight, total[i]);
@@ -162,6 +163,12 @@ void score_floats(const float* q, const float* weights, int64_t heads, int64_t d
         }
     }
     for (int i = 0; i < 3; ++i) _mm256_storeu_ps(scores + 8 * i, total[i]);
+}
+
+void score_floats(const float* q, const float* weights, int64_t heads, int64_t dim, int64_t stride, const float* keys,
+                  float* scores) {
+    if (heads <= 2) return score_heads<2>(q, weights, heads, dim, stride, keys, scores);
+    score_heads<group>(q, weights, heads, dim, stride, keys, scores);
 }
 
 #else
@@ -509,7 +516,7 @@ struct Worker {
     void score_as_floats(int64_t i, int64_t seen) {
         const int64_t heads = call.padded_heads();
         for (int64_t key = 0; key < seen; key += float_keys) {
-            score_floats(q + i * heads * call.stride(), weights + i * heads, heads, call.dim, call.stride(),
+            score_floats(q + i * heads * call.stride(), weights + i * heads, call.heads, call.dim, call.stride(),
                          float_keys_of_chunk + key * call.stride(), scores + key);
         }
     }

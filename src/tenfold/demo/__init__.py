@@ -17,9 +17,8 @@ from typing import Any
 
 from tenfold import config as configuration
 from tenfold import needle, retrieval, terminal
-from tenfold.config import EMBEDDED, DeepseekV4Config, ModelConfig
+from tenfold.config import EMBEDDED, ModelConfig
 from tenfold.contexts import pretend
-from tenfold.demo.twin import TWIN, written_twin
 from tenfold.engine import Engine, Session
 from tenfold.errors import UsageError
 from tenfold.haystack import Needle, Straw, build, embedded_document, evenly
@@ -82,10 +81,7 @@ def chosen(model: str | None, every: bool) -> tuple[list[str], list[str]]:
 
 
 def show(models: Sequence[str], beside: Sequence[str], task: Task) -> dict[str, Any]:
-    """Lets `models` read and answer, measures those `beside` them, and returns all figures as JSON.
-
-    Where an embedded V4 model has no V3.2 beside it, a random twin takes that place.
-    """
+    """Lets `models` read and answer, measures those `beside` them, and returns all figures as JSON."""
     columns: list[Column] = []
     needles: tuple[Needle, ...] = ()
     ids = array("i")
@@ -93,11 +89,7 @@ def show(models: Sequence[str], beside: Sequence[str], task: Task) -> dict[str, 
         column, needles, ids = _read(name, task)
         columns.append(column)
     for name in beside:
-        columns.append(_sampled(name, configuration.locate(name), task, ids))
-    architectures = {type(configuration.load(name)) for name in (*models, *beside)}
-    if models[0] in EMBEDDED and architectures == {DeepseekV4Config}:
-        with written_twin(models[0]) as folder:
-            columns.append(_sampled(TWIN, folder, task, ids))
+        columns.append(_sampled(name, task, ids))
     columns.sort(key=lambda column: -column.kv_bytes_per_token)
     return {
         "context": task.context,
@@ -136,10 +128,10 @@ def _read(name: str, task: Task) -> tuple[Column, tuple[Needle, ...], array[int]
         return column, haystack.needles, ids
 
 
-def _sampled(name: str, folder: Path, task: Task, ids: Sequence[int]) -> Column:
+def _sampled(name: str, task: Task, ids: Sequence[int]) -> Column:
     """As if it had read all but the last tokens of `ids`, which are timed."""
     with _own_peak() as peak:
-        engine = Engine.load(folder, memory=task.memory, threads=task.threads)
+        engine = Engine.load(name, memory=task.memory, threads=task.threads)
         session = engine.session(len(ids))
         last = ids[-_SAMPLE_TOKENS:]
         with terminal.reading(len(last), f"{name:<14}") as clock:

@@ -8,7 +8,6 @@ from typing import Any
 
 from tenfold import charts, terminal
 from tenfold.demo import Task
-from tenfold.demo.twin import TWIN
 from tenfold.terminal import bytes_text, duration_text
 
 __all__ = ["draw", "introduce", "show"]
@@ -93,8 +92,6 @@ def _remarks(models: Mapping[str, Any]) -> list[str]:
             '"sample": not read but filled with random rows, then the last tokens timed; --all reads with every '
             "embedded model."
         )
-    if TWIN in models:
-        lines.append(f"The {TWIN} has random weights: only its bytes, FLOPs and speed mean anything.")
     return lines
 
 
