@@ -116,7 +116,7 @@ def stopped(times: int = 20) -> dict[str, Any]:
     return _faults(signal.SIGSTOP, times, 8, notice_s=30.0)
 
 
-def tenancy(probes: int = 1000, length: int = 200) -> dict[str, Any]:
+def tenancy(probes: int = 1000, length: int = 200, first: int = 0) -> dict[str, Any]:
     """R21: texts of `length` words that one key has read are neither found nor felt by another."""
     folder = tempfile.mkdtemp(prefix="tenfold-long-")
     cached = 0
@@ -126,7 +126,7 @@ def tenancy(probes: int = 1000, length: int = 200) -> dict[str, Any]:
 
     async def run(served: Served) -> None:
         nonlocal cached
-        for i in range(probes):
+        for i in range(first, first + probes):
             text = words(length, i)
             await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])
             hit = await ask(served.port, "/v1/completions", body(text, 2), key=KEYS[0])

@@ -10,6 +10,7 @@ the one that the library gives to the same prompt alone, and in the end nothing 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.server.nursery import ForkedEngine, Nursery
 
 from tenfold import Engine, SamplingParams
 from tenfold.server import engine_client
@@ -49,10 +51,10 @@ def truth(number: int, engine: Engine) -> list[int]:
 class Harness:
     """Counts what is seen."""
 
-    def __init__(self, folder: Path, count: int, seed: int) -> None:
+    def __init__(self, folder: Path, count: int, seed: int, nursery: Nursery) -> None:
         self.store, self.count, self.dice = folder / "store", count, random.Random(seed)
         start = Start(MODEL, memory=MEMORY, threads=1, store=str(self.store))
-        self.engines = [EngineProcess(start), EngineProcess(start)]
+        self.engines = [ForkedEngine(start, nursery), ForkedEngine(start, nursery)]
         self.seen = {"kills": 0, "answers": 0, "wrong": 0, "cut_off": 0, "resumed": 0, "cached_tokens": 0}
         self.stopped = False
 
@@ -80,6 +82,8 @@ class Harness:
             await asyncio.sleep(self.dice.uniform(0, LONGEST_S))
             victim.kill()
             self.seen["kills"] += 1
+            if self.seen["kills"] % 10 == 0:
+                print(self.seen, file=sys.stderr, flush=True)
             while victim.ready is not None:
                 await asyncio.sleep(0.01)
         await victim.loaded()
@@ -114,7 +118,8 @@ class Harness:
 
 def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
     engine_client._LONGEST_PAUSE_S = LONGEST_PAUSE_S
-    return asyncio.run(Harness(folder, count, seed).run())
+    with contextlib.closing(Nursery()) as nursery:
+        return asyncio.run(Harness(folder, count, seed, nursery).run())
 
 
 if __name__ == "__main__":

@@ -264,15 +264,7 @@ class EngineProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             ours.setblocking(False)
-            command = [sys.executable, "-P", *self.program, str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=_environment(os.environ),
-                process_group=0,  # Ctrl-C is for us; the engine hears of it from us
-            )
+            self._process = self._spawn(theirs)
         _, link = await asyncio.get_running_loop().create_connection(lambda: _Link(self), sock=ours)
         self._link = link
         link.send(self._start)
@@ -285,6 +277,17 @@ class EngineProcess:
             link.transport.abort()
             await self._reap(self._process)
         return was_ready
+
+    def _spawn(self, connection: socket.socket) -> subprocess.Popen[bytes]:
+        """A process that has inherited its end of the connection."""
+        return subprocess.Popen(
+            [sys.executable, "-P", *self.program, str(connection.fileno())],
+            pass_fds=[connection.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env=_environment(os.environ),
+            process_group=0,  # Ctrl-C is for us; the engine hears of it from us
+        )
 
     async def _watch(self, link: _Link, pid: int) -> None:
         """Until the connection ends; kills an engine that is silent or stands still. Only time in which we could
