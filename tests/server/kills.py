@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.server.clock import awake_s
 from tests.server.nursery import ForkedEngine, Nursery
 
 from tenfold import Engine, SamplingParams
@@ -31,6 +32,8 @@ SAMPLING: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": 
 TEXTS, LONGEST_TOKENS = 6, 1500
 LONGEST_S = 1.0
 """An engine that is ready lives so long at most."""
+LONGEST_WAIT_S = 120.0
+"""For the first prompt that is found in the store."""
 LONGEST_PAUSE_S = 0.5
 """Before the next is started; a server lets more and more time pass, up to half a minute."""
 
@@ -87,6 +90,9 @@ class Harness:
             while victim.ready is not None:
                 await asyncio.sleep(0.01)
         await victim.loaded()
+        began = awake_s()
+        while not self.seen["resumed"] and awake_s() - began < LONGEST_WAIT_S:  # few kills take less than an answer
+            await asyncio.sleep(0.01)
 
     async def _ask(self, engine: EngineProcess, who: int) -> None:
         turn = 0
