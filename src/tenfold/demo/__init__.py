@@ -12,10 +12,8 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from tenfold import config as configuration
 from tenfold import needle, retrieval, terminal
 from tenfold.config import EMBEDDED, ModelConfig
 from tenfold.contexts import pretend
