@@ -187,7 +187,10 @@ def check_naive(folder: Path, least: list[int], found: Found) -> None:
         assert not path.exists() or path.read_bytes() == naive_content(number), path.name
 
 
-WRITERS = {write_store: check, write_naively: check_naive}
+CHECKS: dict[Writer, Callable[[Path, list[int], dict[str, int]], None]] = {
+    write_store: check,
+    write_naively: check_naive,
+}
 
 
 def losses(
@@ -216,7 +219,7 @@ def losses(
             done = moment
             lost = disk.root.after(Loss.any(dice))
             found["states"] += 1
-            looked_at(folder / "lost", lost, required(record, moment), WRITERS[write], dice, found)
+            looked_at(folder / "lost", lost, required(record, moment), CHECKS[write], dice, found)
         for entry in record[done:]:
             disk.do(entry)
         disk.root.write(folder / "told")
