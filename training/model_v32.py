@@ -199,8 +199,7 @@ def _loss_names(scores: Tensor, asked: Asked, length: int) -> Tensor:
     for tokens, words in ((asked.told, NAMES_TOLD), (asked.tokens, NAMES_ASKED)):
         digit = torch.arange(len(tokens)) % DIGITS
         for head, back in enumerate(words):
-            mine, word = scores[tokens, head], tokens % length - digit - back
-            losses.append((mine.logsumexp(1) - mine.gather(1, word[:, None])[:, 0]).mean())
+            losses.append(functional.cross_entropy(scores[tokens, head], tokens % length - digit - back))
     return torch.stack(losses).mean()
 
 

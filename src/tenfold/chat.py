@@ -18,7 +18,7 @@ import deepseek_recipe
 
 from tenfold import chat_v32
 from tenfold.chat_v32 import Event
-from tenfold.errors import ConfigError, InputError, TenfoldError, UsageError, reading
+from tenfold.errors import ConfigError, InputError, TenfoldError, UsageError, disk_errors
 from tenfold.tokenizer import Prompt, Tokenizer
 
 __all__ = [
@@ -121,7 +121,7 @@ def _named(name: str) -> Profile:
 def _knows_official_efforts(fields: Mapping[str, Any], folder: str | Path | None) -> bool:
     if folder is not None:
         encoder = Path(folder) / _V4_ENCODER
-        with reading(encoder):
+        with disk_errors(encoder):
             if encoder.is_file():
                 with encoder.open(encoding="utf-8", errors="replace") as file:
                     return "REASONING_EFFORT_PROMPTS" in file.read(_V4_ENCODER_CHARS)

@@ -13,7 +13,7 @@ from typing import Literal
 from tenfold import chat
 from tenfold.chat import Event, Parser, Profile
 from tenfold.engine import Engine, Progress, Session
-from tenfold.errors import CheckpointError, InputError, reading
+from tenfold.errors import CheckpointError, InputError, disk_errors
 from tenfold.sampler import Sampled, SamplingParams
 from tenfold.stops import StopStrings
 from tenfold.tokenizer import Detokenizer, Tokenizer
@@ -23,7 +23,7 @@ __all__ = ["Completion", "Reading", "load_tokenizer", "profile_of", "read", "rea
 
 def load_tokenizer(folder: Path, engine: Engine) -> Tokenizer:
     """The tokenizer beside the weights, checked against the model's vocabulary."""
-    with reading(folder):
+    with disk_errors(folder):
         if not (folder / "tokenizer.json").is_file():
             raise CheckpointError(f"no tokenizer.json in {folder}; copy the one of the model's checkpoint there")
     return Tokenizer.load(folder, config_vocab_size=engine.config.vocab_size)

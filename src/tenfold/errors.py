@@ -29,7 +29,7 @@ __all__ = [
     "StoreError",
     "TenfoldError",
     "UsageError",
-    "reading",
+    "disk_errors",
 ]
 
 
@@ -78,7 +78,7 @@ class DoesNotFit(RunError):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What the disk answers while a checkpoint is read becomes one sentence."""
     try:
         yield

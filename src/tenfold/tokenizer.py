@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from tenfold.errors import CheckpointError, InputError, TenfoldError, reading
+from tenfold.errors import CheckpointError, InputError, TenfoldError, disk_errors
 
 __all__ = ["Detokenizer", "Prompt", "Tokenizer"]
 
@@ -75,7 +75,7 @@ class Tokenizer:
 
         `config_vocab_size` is the number of rows the model has: a larger vocabulary is refused.
         """
-        with reading(Path(path)):
+        with disk_errors(Path(path)):
             file = _tokenizer_file(Path(path))
         with _mapped(CheckpointError, f"{file} is not a usable tokenizer.json; download it again"):
             document = _read_json(file)

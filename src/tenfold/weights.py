@@ -24,7 +24,7 @@ from torch import Tensor
 from tenfold import checkpoint
 from tenfold.checkpoint import TensorSpec
 from tenfold.config import ModelConfig
-from tenfold.errors import CheckpointError, DoesNotFit, reading
+from tenfold.errors import CheckpointError, DoesNotFit, disk_errors
 from tenfold.formats import I64, MXFP4, WeightFormat
 from tenfold.ops import Weight
 from tenfold.shards import Problems, Shard, Stored, StoredTensor, open_regular, read_folder, shown
@@ -160,7 +160,7 @@ def open_weights(folder: Path, config: ModelConfig) -> Weights:
 
     Reads headers only. All that is wrong is listed in one `CheckpointError`.
     """
-    with reading(folder):
+    with disk_errors(folder):
         return _open(folder, config, Problems(folder))
 
 

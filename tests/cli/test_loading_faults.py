@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.programs import needs_compiler, run
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
+pytestmark = needs_compiler
 
 
 def check(model: str | Path, stride: int) -> None:
-    command = [sys.executable, "-m", "tests.cli.loading", str(model), str(stride)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run("tests.cli.loading", model, stride)
     assert found["refused"] > 0 < found["right"]
     wrong = {name: found[name] for name in ("wrong", "raised", "unclear", "not_again", "files_left_open")}
-    assert not any(wrong.values()), (wrong, done.stderr)
+    assert not any(wrong.values()), wrong
 
 
 def test_some_calls_fail(model: Path) -> None:

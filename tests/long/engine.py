@@ -10,7 +10,6 @@ import shutil
 import signal
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from tests.long.clients import Answer, ask
 from tests.long.served import KEYS, Served, serving
+from tests.store.preload import built
 
 MODEL = "tenfold-test"
 CLOCK = Path(__file__).with_name("clock.c")
@@ -163,10 +163,9 @@ def tenancy(probes: int = 1000, length: int = 200, first: int = 0) -> dict[str, 
 def clock(jumps: int = 16) -> dict[str, Any]:
     """R28: the time of day jumps by an hour and a day, both ways, under streams, for the server and for its engine."""
     with tempfile.TemporaryDirectory() as folder:
-        shift, library = Path(folder, "shift"), Path(folder, "clock.so")
+        shift = Path(folder, "shift")
         shift.write_bytes(bytes(8))
-        named = f'-DSHIFT_FILE="{shift}"'
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", named, "-o", str(library), str(CLOCK)], check=True)
+        library = built(CLOCK, Path(folder), f'-DSHIFT_FILE="{shift}"')
         failed = unfound = jumped = 0
         with serving("real", folder + "/store", env={"LD_PRELOAD": str(library)}) as served:
             engine = served.engine_pid()

@@ -47,6 +47,7 @@ Found = dict[str, int]
 Lies = Collection[type[File] | type[Folder]]
 Say = Callable[[object], None]
 Writer = Callable[[Path, random.Random, Say], Callable[[], None]]
+Check = Callable[[Path, list[int], Found], None]
 
 
 @cache
@@ -187,10 +188,7 @@ def check_naive(folder: Path, least: list[int], found: Found) -> None:
         assert not path.exists() or path.read_bytes() == naive_content(number), path.name
 
 
-CHECKS: dict[Writer, Callable[[Path, list[int], dict[str, int]], None]] = {
-    write_store: check,
-    write_naively: check_naive,
-}
+CHECKS: dict[Writer, Check] = {write_store: check, write_naively: check_naive}
 
 
 def losses(
@@ -245,7 +243,7 @@ def looked_at(
     path: Path,
     lost: Folder,
     least: list[int],
-    check: Callable[[Path, list[int], Found], None],
+    check: Check,
     dice: random.Random,
     found: Found,
 ) -> None:

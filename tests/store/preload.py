@@ -1,4 +1,4 @@
-"""Runs a module of the tests again with a library of ours, built from its C source, in front of the system's."""
+"""Libraries of ours in front of the system's: built from their C source, and programs of the tests run with them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import tempfile
 from pathlib import Path
 
 
+def built(source: Path, folder: Path, *options: str) -> Path:
+    """The library of `source`, made in `folder`."""
+    library = folder / f"{source.stem}.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", *options, "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
 def preload(source: Path, symbol: str, module: str) -> None:
     """Returns where the library is loaded; else builds it, runs the program with it and ends as that does."""
     if hasattr(ctypes.CDLL(None), symbol):
         return
     with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / f"{source.stem}.so"
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(built), str(source), "-ldl"], check=True)
+        library = built(source, Path(folder))
         command = [sys.executable, "-m", module, *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(built)}, check=False).returncode)
+        sys.exit(subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(library)}, check=False).returncode)

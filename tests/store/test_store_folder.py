@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import shutil
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from tests.programs import needs_compiler, run
 from tests.store.fakes import Feeder, restore
 
 from tenfold.errors import StoreError
 from tenfold.store import Store
 from tenfold.store import files as files_module
 from tenfold.store.thinning import superfluous
-
-ROOT = Path(__file__).parents[2]
-needs_compiler = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
-)
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -255,14 +247,6 @@ def test_threads_may_share_a_store(store: Store, warned: list[str]) -> None:
     assert [restore(store, [*shared, *ids(200, seed)]).position for seed in range(3)] == [500] * 3
     assert len(store.index.segments()) == 3 + 3 * 2
     assert warned == []
-
-
-def run(module: str, *arguments: object) -> dict[str, Any]:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def check_kills(folder: Path, count: int, seed: int) -> None:

@@ -15,7 +15,7 @@ from training.data import DOCUMENT
 from training.export import export
 from training.facts import DIGITS, LONGEST, Lessons, Teacher
 from training.model import Asked, Batch, Crowd, TrainingModel, initial, recall_loss, stack_name, tiny_config
-from training.model_v32 import TrainingModelV32, _loss_before
+from training.model_v32 import NAMES_ASKED, NAMES_TOLD, TrainingModelV32, _loss_before, _loss_names
 from training.models import CONFIGS
 from training.ops import TILE, TrainingOps, attend
 from training.recall import Plan, Pupil, Stage, _entries_of_text, token_weights
@@ -24,6 +24,7 @@ from tenfold import config as configuration
 from tenfold.config import DeepseekV32Config
 from tenfold.formats import F32
 from tenfold.models import Binder, build
+from tenfold.needle import ATTRIBUTES, FIRST_WORDS, SECOND_WORDS
 from tenfold.ops import Weight, reference
 from tenfold.step import Span, Step
 from tenfold.streams import Streams
@@ -200,6 +201,21 @@ def test_looking_back_skips_leaps() -> None:
         shares[0, 0, query, key] = 0.5
     shares[0, 1, 2, 0] = 0.25  # the only token with another two before it
     assert float(_loss_before(shares, step)) == pytest.approx((math.log(2) + math.log(4)) / 2)
+
+
+def test_a_digit_and_who_asks_for_it_gather_the_same_names(lessons: Lessons) -> None:
+    asked, length = Asked(lessons.asked, lessons.told), 4 * TILE
+    ids, digit = lessons.ids[:, :-1].flatten(), torch.arange(len(lessons.told)) % DIGITS
+    scores = torch.zeros(len(ids), 3, length)
+    for tokens, words in ((asked.told, NAMES_TOLD), (asked.tokens, NAMES_ASKED)):
+        for head, back in enumerate(words):
+            scores[tokens, head, (tokens - digit - back) % length] = 50.0
+    for told, by_question, known in zip(NAMES_TOLD, NAMES_ASKED, (ATTRIBUTES, FIRST_WORDS, SECOND_WORDS), strict=True):
+        names = ids[asked.told - digit - told]
+        assert torch.equal(names, ids[asked.tokens - digit - by_question])
+        assert {TOKENIZER.decode([name]).strip() for name in names.tolist()} <= {word.split()[0] for word in known}
+    assert float(_loss_names(scores, asked, length)) == pytest.approx(0.0, abs=1e-6)
+    assert float(_loss_names(torch.zeros_like(scores), asked, length)) == pytest.approx(math.log(length))
 
 
 LARGER = {

@@ -124,9 +124,9 @@ def total_flops(work: Iterable[Work], counting: Counting = FP8_EQUIVALENT) -> fl
     return sum(counting.weigh(part) for part in work)
 
 
-def reading_cost(config: ModelConfig | Anatomy) -> Callable[[int], float]:
+def reading_cost(config: ModelConfig) -> Callable[[int], float]:
     """What reading the tokens before a position costs, in proportion to the time it takes on a CPU."""
-    anatomy = config if isinstance(config, Anatomy) else dissect(config, loaded)
+    anatomy = dissect(config, loaded)
     return lambda position: total_flops(step_work(anatomy, 0, position), _AS_COMPUTED)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -34,7 +35,7 @@ def said_of(event: Queued | Progress) -> tuple[str, dict[str, Any]]:
     return type(event).__name__.lower(), fields
 
 
-class _Voice:
+class _Voice(ABC):
     """One choice of one protocol; several where the protocol has them."""
 
     def __init__(self, choices: Sequence[Choice], answer_id: str, model: str, num_prompt_tokens: int) -> None:
@@ -70,8 +71,8 @@ class _Voice:
     def ending(self) -> bytes:
         return b""
 
-    def said(self, index: int, chunks: Sequence[Any]) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def said(self, index: int, chunks: Sequence[Any]) -> bytes: ...
 
 
 class ChatVoice(_Voice):
