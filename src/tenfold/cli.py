@@ -525,7 +525,7 @@ def store_show(context_id: StoredId, folder: StoreFolder = None, as_json: Json =
 @store_app.command("verify")
 @reported
 def store_verify(folder: StoreFolder = None, as_json: Json = False) -> None:
-    """Read everything; drop and name what is damaged (exit code 1)."""
+    """Read everything; drop and name what is damaged or missing (exit code 1)."""
     from tenfold import store_views
     from tenfold.store import admin
 

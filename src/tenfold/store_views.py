@@ -43,8 +43,8 @@ def show_context(found: Mapping[str, Any]) -> None:
 
 
 def show_verified(found: Mapping[str, Any]) -> None:
-    out.print(f"{found['files']:,} files, {bytes_text(found['bytes'])} read: {len(found['damaged'])} damaged and "
-              f"dropped, {found['adopted']} taken into the index", soft_wrap=True)  # fmt: skip
+    out.print(f"{found['files']:,} files, {bytes_text(found['bytes'])} read: {len(found['damaged'])} damaged or "
+              f"missing and dropped, {found['adopted']} taken into the index", soft_wrap=True)  # fmt: skip
     for row in found["damaged"]:
         out.print(f"{row['file']}: {row['problem']}", soft_wrap=True, markup=False)
 

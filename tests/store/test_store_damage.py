@@ -86,6 +86,7 @@ def test_a_ruined_segment_is_dropped_with_what_hangs_on_it(
     assert restore(fed, TEXT).position == which * FIRST
     assert len(warned) == 1
     assert path.name[:12] in warned[0]
+    assert ("is missing" if ruin == "removed" else "is damaged (") in warned[0]
     assert len(fed.index.segments()) == which
     assert not path.exists()
     again = Feeder(fed)
@@ -99,6 +100,7 @@ def test_a_ruined_point_gives_way_to_the_one_before(fed: Store, warned: list[str
     RUINS[ruin](path)
     assert restore(fed, TEXT).position == 2 * FIRST
     assert len(warned) == 1
+    assert ("is missing" if ruin == "removed" else "is damaged (") in warned[0]
     assert not path.exists()
     assert len(fed.index.segments()) == 3
 
@@ -167,7 +169,7 @@ def test_what_is_evicted_while_it_is_adopted_is_no_damage(
     gone = "ab" * 32
     ghosts = {"segments": gone, "points": f"{gone}-7"}
     found = Folder.found
-    monkeypatch.setattr(Folder, "found", lambda self, kind: found(self, kind) | {ghosts[kind]: None})
+    monkeypatch.setattr(Folder, "found", lambda self, kind: found(self, kind) | {ghosts[kind]})
     assert fed.adopt() == 0
     last = segments(fed)[-1]
     fed.index.remove_segments([last.name])
@@ -182,6 +184,44 @@ def test_what_is_evicted_while_it_is_adopted_is_no_damage(
     assert fed.adopt() == 0
     assert not last.exists()
     assert warned == []
+
+
+def test_an_eviction_whose_end_was_lost_is_finished_at_opening(fed: Store, warned: list[str]) -> None:
+    """Files are gone and their rows are back, as after a loss of power; one of three points goes alone."""
+    rows, point = fed.index.segments(), points(fed)[0]
+    point.unlink()
+    for path in (*segments(fed)[1:], *points(fed)[2:]):
+        path.unlink()
+    fed.close()
+    again = Store(fed.folder.path, warn=warned.append)
+    assert again.index.segments() == rows[:1]
+    assert again.index.points() == []
+    assert again.folder.found("points") == set()
+    Feeder(again).feed(TEXT, FIRST)
+    assert restore(again, TEXT).position == len(TEXT)
+    assert warned == []
+    again.close()
+
+
+def test_a_missing_file_below_others_was_not_evicted(fed: Store, warned: list[str]) -> None:
+    segments(fed)[1].unlink()
+    fed.close()
+    again = Store(fed.folder.path, warn=warned.append)
+    assert warned == []
+    assert restore(again, TEXT).position == FIRST
+    assert len(warned) == 1
+    assert "is missing" in warned[0]
+    again.close()
+
+
+def test_files_out_of_reach_are_not_missing(fed: Store, warned: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = fed.index.segments(), fed.index.points()
+    monkeypatch.setattr(Folder, "found", lambda self, kind: set())
+    fed.adopt()
+    monkeypatch.setattr(Path, "lstat", lambda self: os.lstat(os.devnull + "/" + self.name))  # ENOTDIR
+    with pytest.raises(NotADirectoryError):
+        fed.adopt()
+    assert (fed.index.segments(), fed.index.points()) == rows
 
 
 def test_files_without_rows_in_the_index_are_adopted(fed: Store, warned: list[str]) -> None:
@@ -267,8 +307,8 @@ def test_what_hangs_on_nothing_is_removed_at_opening(fed: Store) -> None:
 def spoil(path: Path, other: Path, dice: random.Random) -> str:
     """Ruins a file in one of many ways; which."""
     content = bytearray(path.read_bytes())
-    at, count = dice.randrange(len(content)), dice.randrange(1, 200)
-    how = dice.choice(("flip", "noise", "zeros", "cut", "added", "hole", "taken", "mixed"))
+    at, count = dice.randrange(max(len(content), 1)), dice.randrange(1, 200)
+    how = dice.choice(("flip", "noise", "zeros", "cut", "added", "hole", "taken", "mixed")) if content else "added"
     if how == "flip":
         content[at] ^= 1 << dice.randrange(8)
     elif how == "noise":

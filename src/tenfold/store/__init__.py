@@ -158,8 +158,8 @@ class Store:
         try:
             _, tokens = read_tokens(self.folder.segment(row.key), row.key)
         except Damaged as exc:
-            self.drop_segment(row.key, str(exc))
-            return f"segment {row.key[:12]} is damaged: {exc}"
+            self.drop_segment(row.key, exc)
+            return f"segment {row.key[:12]} {exc.verdict}"
         return tokens
 
     def load(self, timeline: Timeline, match: Match, rows: Callable[[Key, int], Tensor]) -> Loaded:
@@ -183,7 +183,7 @@ class Store:
         try:
             return Loaded(*read_point(path, point.segment, point.position, timeline))
         except Damaged as exc:
-            self.drop_point(point.segment, point.position, str(exc))
+            self.drop_point(point.segment, point.position, exc)
             raise StoreDamaged(f"restore point {point.position:,}: {exc}") from exc
         except OSError as exc:
             self._unreadable.add(path.name)
@@ -197,7 +197,7 @@ class Store:
             try:
                 read_rows(path, link.key, timeline, link.stop, lambda key, first, n: streams[key][first : first + n])
             except Damaged as exc:
-                self.drop_segment(link.key, str(exc))
+                self.drop_segment(link.key, exc)
                 raise StoreDamaged(f"segment {link.key[:12]}: {exc}") from exc
             except OSError as exc:
                 self._unreadable.add(link.key)
@@ -372,22 +372,22 @@ class Store:
         self.index.remove_point(segment, position)
         self.folder.point(segment, position).unlink(missing_ok=True)
 
-    def drop_segment(self, key: str, problem: str) -> None:
-        """Removes a damaged segment and says so; one that another process has evicted meanwhile is no damage."""
+    def drop_segment(self, key: str, problem: Damaged) -> None:
+        """Removes a segment that cannot be used and says so; one that another process has just evicted is no news."""
 
         def drop() -> None:
             if self.index.segment(key) is not None:
-                self.warn(f"segment {key[:12]} of the store is damaged ({problem}); dropped, its text is read anew")
+                self.warn(f"segment {key[:12]} of the store {problem.verdict}; dropped, its text is read anew")
                 self._remove(key)
 
         self._drop(key, drop)
 
-    def drop_point(self, segment: str, position: int, problem: str) -> None:
-        """Removes a damaged restore point and says so."""
+    def drop_point(self, segment: str, position: int, problem: Damaged) -> None:
+        """Removes a restore point that cannot be used and says so."""
 
         def drop() -> None:
             if any(row.position == position for row in self.index.points_of([segment])):
-                self.warn(f"restore point {position:,} of the store is damaged ({problem}); it is dropped")
+                self.warn(f"restore point {position:,} of the store {problem.verdict}; it is dropped")
                 self._remove_point(segment, position)
 
         self._drop(self.folder.point(segment, position).name, drop)
@@ -408,6 +408,6 @@ class Store:
             self.warn(what)
 
     def adopt(self) -> int:
-        """Takes finished files that the index does not know into it; returns how many."""
+        """Takes finished files that the index does not know into it, and what was evicted out; returns how many."""
         with self._lock:
             return adopt(self.folder, self.index, self.warn)

@@ -123,7 +123,7 @@ def show(store: Store, beginning: str) -> dict[str, Any]:
 
 
 def verify(store: Store) -> dict[str, Any]:
-    """Reads every file whole; drops what is damaged with what hangs on it, and takes in what the index has lost."""
+    """Reads every file whole; drops what is damaged or missing with what hangs on it, and adopts what has no row."""
     found: dict[str, Any] = {"adopted": store.adopt(), "files": 0, "bytes": 0, "damaged": []}
     for segment in store.index.segments():
         if store.index.segment(segment.key) is None:  # hung on one that was damaged
@@ -132,20 +132,20 @@ def verify(store: Store) -> dict[str, Any]:
         found["files"] += 1
         found["bytes"] += segment.bytes
         if problem:
-            found["damaged"].append({"file": f"segments/{segment.key}", "problem": problem})
+            found["damaged"].append({"file": f"segments/{segment.key}", "problem": str(problem)})
             store.drop_segment(segment.key, problem)
     for point in store.index.points():
         problem = _problem(store.folder.point(point.segment, point.position), point)
         found["files"] += 1
         found["bytes"] += point.bytes
         if problem:
-            found["damaged"].append({"file": f"points/{point.name}", "problem": problem})
+            found["damaged"].append({"file": f"points/{point.name}", "problem": str(problem)})
             store.drop_point(point.segment, point.position, problem)
     return found
 
 
-def _problem(path: Path, row: SegmentRow | PointRow) -> str:
-    """What is wrong with a file; empty if nothing is."""
+def _problem(path: Path, row: SegmentRow | PointRow) -> Damaged | None:
+    """What is wrong with a file; None if nothing is."""
     try:
         verify_file(path)
         if isinstance(row, PointRow):
@@ -153,10 +153,10 @@ def _problem(path: Path, row: SegmentRow | PointRow) -> str:
         else:
             segment_row(path, row.key)
     except Damaged as exc:
-        return str(exc)
+        return exc
     except OSError as exc:
         raise StoreError(f"{path} cannot be read: {exc.strerror or exc}; see to the disk, then verify again") from None
-    return ""
+    return None
 
 
 def prune(

@@ -25,8 +25,8 @@ from typing import Any
 
 import xxhash
 
-__all__ = ["BLOCK_BYTES", "VERSION", "Damaged", "Header", "Part", "encode", "open_file", "read_header", "read_parts",
-           "write_all"]  # fmt: skip
+__all__ = ["BLOCK_BYTES", "VERSION", "Damaged", "Header", "Missing", "Part", "encode", "open_file", "read_header",
+           "read_parts", "write_all"]  # fmt: skip
 
 VERSION = 1
 BLOCK_BYTES = 1 << 20
@@ -39,12 +39,25 @@ _MAX_HEADER_BYTES = 8 << 20
 _ITEM_BYTES = {"uint8": 1, "int32": 4, "float32": 4}
 _READ_BYTES = 4 << 20  # at once: large enough for the disk, small enough to be hashed from the cache
 _WRITE_BYTES = 16 << 20
-_BAD_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENOTDIR, errno.EIO)
+_BAD_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENOTDIR, errno.EIO)
 _MAX_VIEWS = 512  # below IOV_MAX, 1024 on Linux
 
 
 class Damaged(Exception):
     """A file is not what was once written; the message says how."""
+
+    @property
+    def verdict(self) -> str:
+        """What a sentence about the file says of it."""
+        return f"is damaged ({self})"
+
+
+class Missing(Damaged):
+    """A file is gone: evicted by a process whose last word was lost with the power, or removed by hand."""
+
+    @property
+    def verdict(self) -> str:
+        return "is missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +127,7 @@ def write_all(fd: int, pieces: Iterable[bytes | memoryview]) -> None:
 def open_file(path: Path) -> Iterator[int]:
     """A descriptor to read `path` by; only a regular file, never a link, a pipe or a device.
 
-    Raises Damaged for what says that the file is bad or gone, OSError for what says nothing about it.
+    Raises Damaged for what says that the file is bad, Missing if it is gone, OSError for what says nothing about it.
     """
     fd = None
     try:
@@ -122,6 +135,8 @@ def open_file(path: Path) -> Iterator[int]:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Damaged("not a regular file")
         yield fd
+    except FileNotFoundError as exc:
+        raise Missing("no such file") from exc
     except OSError as exc:
         if exc.errno in _BAD_FILE:
             raise Damaged(exc.strerror or str(exc)) from exc

@@ -94,11 +94,11 @@ class Folder:
     def point(self, key: str, position: int) -> Path:
         return self.path / "points" / key[:2] / f"{key}-{position}"
 
-    def found(self, kind: str) -> dict[str, os.stat_result]:
-        """The files in "segments" or "points" by name; what has no name of ours is left alone."""
+    def found(self, kind: str) -> set[str]:
+        """The names of the files in "segments" or "points"; what has no name of ours is left alone."""
         shelves = [shelf for shelf in _entries(self.path / kind) if shelf.is_dir(follow_symlinks=False)]
         return {
-            entry.name: entry.stat(follow_symlinks=False)
+            entry.name
             for shelf in shelves
             for entry in _entries(shelf)
             if _NAME[kind].fullmatch(entry.name) and entry.name.startswith(shelf.name)

@@ -1,7 +1,9 @@
-"""Finished files that the index does not know: taken in, or removed where nothing leads to them.
+"""Index and files brought together: what only one of them knows of.
 
-Left behind by a process that died between a file and its row, by a lost index, or brought by an import. A cheap
-check, headers and tokens only; `load` checks the rest when it reads it.
+Finished files without a row are taken in, or removed where nothing leads to them: left behind by a process that died
+between a file and its row, by a lost index, or brought by an import. A cheap check, headers and tokens only; `load`
+checks the rest when it reads it. Rows whose files were evicted go: files go first, and the rest of that eviction may
+have been lost with its process or with the power.
 """
 
 from __future__ import annotations
@@ -20,21 +22,49 @@ __all__ = ["adopt", "enter_point", "enter_segment", "point_row", "segment_row"]
 
 
 def adopt(folder: Folder, index: Index, warn: Callable[[str], None]) -> int:
-    """Takes in what is whole and hangs on something; returns how many files."""
+    """Takes in what is whole and hangs on something, and out what has been evicted; returns how many files came in."""
+    _forget(folder, index)
     known = {row.key for row in index.segments()}
     segments = []
-    for name in folder.found("segments").keys() - known:
+    for name in folder.found("segments") - known:
         path = folder.segment(name)
         with _discarded_if_damaged(path, warn):
             segments.append(segment_row(path, name))
     adopted = sum(enter_segment(folder, index, row) for row in sorted(segments, key=lambda row: row.start))
     points = []
-    for name in folder.found("points").keys() - {row.name for row in index.points()}:
+    for name in folder.found("points") - {row.name for row in index.points()}:
         key, _, position = name.partition("-")
         path = folder.point(key, int(position))
         with _discarded_if_damaged(path, warn):
             points.append(point_row(path, key, int(position)))
     return adopted + sum(enter_point(folder, index, row) for row in points)
+
+
+def _forget(folder: Folder, index: Index) -> None:
+    """Rows of evicted files, children first. What lacks a file but has children was not evicted: whoever asks for it
+    is told. Points of a segment that goes here lead nowhere, and their files go with what else is not in the index.
+    """
+    rows, there = index.segments(), folder.found("segments")
+    for row in reversed(rows):
+        if row.key not in there:
+            with index.transaction():
+                if _is_gone(folder.segment(row.key)) and not index.children_of([row.key]):
+                    index.remove_segments([row.key])
+    points, there = index.points(), folder.found("points")
+    for point in points:
+        if point.name not in there:
+            with index.transaction():
+                if _is_gone(folder.point(point.segment, point.position)):
+                    index.remove_point(point.segment, point.position)
+
+
+def _is_gone(path: Path) -> bool:
+    """Not merely out of reach for now, as `exists` may have it."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def segment_row(path: Path, key: str) -> SegmentRow:
