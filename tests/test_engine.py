@@ -439,17 +439,35 @@ def test_a_token_cut_short_leaves_no_trace(load: Load, name: str, numerics: str)
         assert torch.equal(session.last_logits, whole[31])
 
 
-def test_many_sessions_write_as_one_does(load: Load) -> None:
-    """More than are recorded at once, and other numbers of them from token to token."""
-    engine, ids = load("v4", "deployed"), text(60)
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+def test_sessions_that_come_and_go_write_as_one_does(load: Load, name: str, numerics: str) -> None:
+    """Each number of them is met before it is recorded, then, and as a replay; of more than one pass takes, too.
+
+    They stand at places of their own, some passes are cut short, and now and then one leaves and another comes.
+    """
+    engine, dice = load(name, numerics), random.Random(5)
+    ids = text(160)
     whole = in_one_pass(engine, ids)
-    sessions = [engine.session(60) for _ in range(7)]
-    for place, session in enumerate(sessions):
-        session.feed(ids[: 5 + 4 * place])
-    for count in (7, 1, 4, 2, 6, 3, 5, 7):
-        logits = engine.step({session: [ids[session.length]] for session in sessions[:count]})
-        for session in sessions[:count]:
-            assert torch.equal(logits[session], whole[session.length - 1])
+
+    def newcomer() -> Session:
+        session = engine.session(160)
+        session.feed(ids[: dice.randrange(1, 140)])
+        return session
+
+    sessions = [newcomer() for _ in range(35)]
+    for count in [1, 2, 3, 5, 32, 35] * 3:
+        sessions[dice.randrange(35)] = newcomer()
+        if dice.randrange(2):
+            most = iter(range(dice.randrange(len(engine.config.layers))))
+            before = {session: session.length for session in sessions[:count]}
+            with pytest.raises(StopIteration):
+                engine.step({one: [7] for one in before}, tick=lambda share, most=most: next(most))  # type: ignore[misc]
+            assert {session: session.length for session in before} == before
+        dice.shuffle(sessions)
+        batch = {session: [ids[session.length]] for session in sessions[:count]}
+        for session, logits in engine.step(batch).items():
+            assert torch.equal(logits, whole[session.length - 1])
+        sessions = [newcomer() if session.length == 160 else session for session in sessions]
 
 
 @pytest.mark.parametrize("way", ["snapshot", "rewind", "step", "restore", "kv_bytes"])

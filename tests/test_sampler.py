@@ -251,6 +251,28 @@ def test_logprobs_only_when_asked_and_never_infinite() -> None:
     assert [token_id for token_id, _ in top] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {},
+        {"top_p": 0.7},
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.5},
+        {"logit_bias": {3: 2}},
+    ],
+    ids=str,
+)
+def test_a_token_alone_is_the_one_that_is_sampled(params: dict[str, Any]) -> None:
+    alone, other = (Sampler(SamplingParams(**params, seed=4), prompt=[1, 2]) for _ in range(2))
+    dice = torch.Generator().manual_seed(2)
+    for step in range(60):
+        values = torch.randn(40, generator=dice)
+        before, allowed = values.clone(), None if step % 3 else torch.rand(40, generator=dice) < 0.5
+        assert alone.choose(values, allowed) == other.sample(values, allowed).id
+        assert torch.equal(values, before)
+
+
 def test_the_logits_are_left_as_they_are() -> None:
     values = logits(1.0, 2.0, 3.0)
     Sampler(SamplingParams(repetition_penalty=2.0, logit_bias={0: 5.0}), prompt=[2]).sample(values)

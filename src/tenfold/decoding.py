@@ -1,8 +1,8 @@
 """Writing: one token each of several sessions, the whole pass captured once as a graph and then replayed.
 
 On a GPU sizes are those of a few buckets, so a pass may hold places where nobody stands: these write into the memory
-of a session that nobody reads. On the CPU the backend records passes of a few sessions; of more there is enough to do.
-Knows models and tables, no sessions.
+of a session that nobody reads. On the CPU such a place would cost as much as a session, so that each number of sessions
+has a recording of its own. Knows models and tables, no sessions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from tenfold.tables import Tables
 __all__ = ["Decoder", "Place", "can_decode"]
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
-_RECORDED_SIZES = (1, 2, 3, 4)
+_RECORDED_SIZES = tuple(range(1, 33))
+"""Of more each layer would take longer than a pass may go without a tick, and weights are not what takes the time."""
 _CONTEXTS = (1 << 15, 1 << 18, 1 << 20)
 _NOBODYS_TOKENS = 128
 _WARM_UP_PASSES = 2  # the first compiles kernels and fills tables, which a capture must not
@@ -62,8 +63,8 @@ class Decoder:
     def __init__(self, config: ModelConfig, model: Model, ops: Ops, exact: bool, device: torch.device) -> None:
         self.config, self.model, self.exact, self.device = config, model, exact, device
         self.ops = cast(BatchOps, ops)
-        self._record = cast(RecordingOps, ops).record if hasattr(ops, "record") else None
-        self._sizes = _SIZES if self._record is None else _RECORDED_SIZES
+        self._recordings = cast(RecordingOps, ops).recordings() if hasattr(ops, "recordings") else None
+        self._sizes = _SIZES if self._recordings is None else _RECORDED_SIZES
         self._passes: dict[tuple[int, int, int], _Pass] = {}
         self._pool: Any = None
         self._alone = threading.Lock()  # passes of one size share their memory
@@ -72,10 +73,6 @@ class Decoder:
     def _nobody(self) -> Streams:
         """Who stands where there is no session; on the CPU every place is taken."""
         return Streams(self.config, _NOBODYS_TOKENS, self.exact, self.device)
-
-    def takes(self, num_places: int) -> bool:
-        """Whether a pass of so many is better done here."""
-        return self._record is None or num_places <= self._sizes[-1]
 
     def run(self, places: Sequence[Place], tick: Tick | None = None) -> Tensor:
         """Logits, float32 [len(places), vocab], in host memory; the rows of each token have entered its streams.
@@ -94,14 +91,14 @@ class Decoder:
         logits = logits.clone() if self.device.type == "cpu" else logits.cpu()
         for place in places:
             place.streams.advance(place.position + 1)
-        if self._record is None:
+        if self._recordings is None:
             self.ops.rest()
         return logits
 
     def _logits(self, places: Sequence[Place], tick: Tick | None) -> Tensor:
         size = next(size for size in self._sizes if size >= len(places))
         context = self.config.max_position_embeddings
-        if self._record is None:
+        if self._recordings is None:
             context = _tier(max(place.position for place in places) + 1, self.config)
         key = size, context, torch.get_num_threads()
         ready = self._passes.get(key)
@@ -109,7 +106,7 @@ class Decoder:
             ready = self._passes[key] = self._pass(size, context)
         self._put(ready.tables, places)
         if ready.graph is None:
-            return self._forward(ready.tables, tick) if self._record is None else self._run_or_record(ready, tick)
+            return self._forward(ready.tables, tick) if self._recordings is None else self._run_or_record(ready, tick)
         if not isinstance(ready.graph, torch.cuda.CUDAGraph):
             return ready.graph.replay(tick)
         ready.graph.replay()
@@ -148,8 +145,8 @@ class Decoder:
 
             return self._forward(ready.tables, reached)
 
-        assert self._record is not None
-        ready.graph = self._record(run)
+        assert self._recordings is not None
+        ready.graph = self._recordings.record(run)
         return ready.graph.out
 
     def _pass(self, size: int, context: int) -> _Pass:

@@ -217,7 +217,7 @@ class Engine:
         for session in batch:
             session.ready()
         of_one = all(len(ids) == 1 for ids in batch.values())
-        if self.decoder is not None and of_one and self.decoder.takes(len(batch)):
+        if self.decoder is not None and of_one:
             return self._write(batch, self.decoder, tick)
         spans, start = [], 0
         for session, ids in batch.items():

@@ -104,20 +104,29 @@ class Sampler:
         RunError if a logit is NaN or +inf, or if nothing is allowed.
         """
         raw = _checked(logits)
+        return self._report(raw, self._choose(raw, allowed))
+
+    def choose(self, logits: Tensor, allowed: Tensor | None = None) -> int:
+        """The token alone, as `sample` chooses it: log-probabilities cost several times as much."""
+        return self._choose(_checked(logits), allowed)
+
+    def _choose(self, raw: Tensor, allowed: Tensor | None) -> int:
         self.params.check_vocabulary(len(raw))
         adjusted = self._adjusted(raw)
         if allowed is not None:
-            adjusted.masked_fill_(~allowed, -math.inf)
+            adjusted = adjusted.masked_fill(~allowed, -math.inf)
             if float(adjusted.max()) == -math.inf:
                 raise RunError(_NOTHING)
         token_id = int(adjusted.argmax()) if self.params.temperature == 0 else self._draw(adjusted)
         self._counts[token_id] += 1
-        return self._report(raw, token_id)
+        return token_id
 
     def _adjusted(self, raw: Tensor) -> Tensor:
-        """Logits after penalties and bias."""
-        params, adjusted = self.params, raw.clone()
-        generated = torch.tensor(list(self._counts), dtype=torch.int64)
+        """Logits after penalties and bias; where there are none, the logits themselves."""
+        params = self.params
+        if not (self._penalises or params.logit_bias):
+            return raw
+        adjusted, generated = raw.clone(), torch.tensor(list(self._counts), dtype=torch.int64)
         if params.repetition_penalty != 1.0:
             seen = torch.cat([self._prompt_ids, generated])  # an id in both is written twice, with one value
             values = raw[seen]
@@ -128,6 +137,11 @@ class Sampler:
             adjusted[generated] -= params.frequency_penalty * counts + params.presence_penalty
         adjusted[self._bias_ids] += self._bias
         return adjusted
+
+    @property
+    def _penalises(self) -> bool:
+        params = self.params
+        return params.repetition_penalty != 1.0 or bool(params.frequency_penalty or params.presence_penalty)
 
     def _draw(self, adjusted: Tensor) -> int:
         """Inverse of the cumulative distribution over the tokens that pass the filters."""

@@ -179,6 +179,9 @@ class Streams:
         self._to_fill: dict[tuple[int, str], Tensor] = {}
         self._streams = {(spec.layer, spec.name): _allocate(spec, capacity, exact, device) for spec in config.streams}
         self._components = {(spec.layer, spec.name): spec.component for spec in config.streams}
+        growing = [(spec, self._streams[spec.layer, spec.name]) for spec in config.streams]
+        self._growing = [(spec, stream) for spec, stream in growing if isinstance(stream, GrowingRows)]
+        self._addresses: Tensor | None = None
 
     def window(self, layer: int) -> WindowRing:
         stream = self._streams[layer, "window"]
@@ -203,16 +206,16 @@ class Streams:
             total[component] = total.get(component, 0) + _used(stream).nbytes
         return total
 
-    def addresses(self) -> list[int]:
-        """Where each stream's memory begins now, in the order of the specs; a ring's both copies lie there."""
-        return [_whole(self._streams[spec.layer, spec.name]).data_ptr() for spec in self.specs]
+    def addresses(self) -> Tensor:
+        """Where each stream's memory begins now, int64 in the order of the specs; a ring's both copies lie there."""
+        if self._addresses is None or self.device.type != "cpu":  # in host memory nothing ever moves
+            self._addresses = torch.tensor([_whole(stream).data_ptr() for stream in self._streams.values()])
+        return self._addresses
 
     def make_room(self, length: int) -> None:
         """Memory for the rows of `length` tokens, before they are there."""
-        for spec in self.specs:
-            stream = self._streams[spec.layer, spec.name]
-            if isinstance(stream, GrowingRows):
-                stream.make_room(spec.rows_at(length))
+        for spec, stream in self._growing:
+            stream.make_room(spec.rows_at(length))
 
     def advance(self, length: int) -> None:
         """Counts the rows of `length` tokens, which a kernel wrote."""
@@ -293,10 +296,8 @@ class Streams:
         return ((key, s.data) for key, s in self._streams.items() if not isinstance(s, GrowingRows))
 
     def _cut(self, length: int) -> None:
-        for spec in self.specs:
-            stream = self._streams[spec.layer, spec.name]
-            if isinstance(stream, GrowingRows):
-                stream.count = spec.rows_at(length)
+        for spec, stream in self._growing:
+            stream.count = spec.rows_at(length)
 
 
 def _whole(stream: Stream) -> Tensor:

@@ -105,9 +105,9 @@ class Tables:
     def put(self, streams: Sequence[Streams], ids: Sequence[int], positions: Sequence[int]) -> None:
         """Who stands in which place, with which token at which position, in one copy to the device."""
         assert len(streams) == len(ids) == len(positions) == self.size, "every place takes a session"
-        addresses = [one.addresses() for one in streams]
-        columns = [[*line] for line in zip(ids, positions, *zip(*addresses, strict=True), strict=True)]
-        self._host[:, : self.size].copy_(torch.tensor(columns, dtype=torch.int64).t())
+        self._host[0, : self.size] = torch.tensor(ids)
+        self._host[1, : self.size] = torch.tensor(positions)
+        self._host[2:, : self.size] = torch.stack([one.addresses() for one in streams], 1)
         self._on_device.copy_(self._host, non_blocking=True)
 
     def window(self, layer: int) -> TableWindow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tenfold.formats import F32
 from tenfold.ops import Weight, cpu
+from tenfold.ops.cpu_pool import Pool
 
 WEIGHT = Weight("w", (33, 65), F32, randn(33, 65))
 
@@ -29,7 +31,7 @@ def test_kernels_and_torch_are_done_again_on_what_lies_there_now() -> None:
         norm += mean  # in place
         return cpu.rms_norm(norm, None, 1e-6)
 
-    recording = cpu.record(run)
+    recording = cpu.recordings().record(run)
     for seed in (1, 2, 3):
         x.copy_(randn(3, 65, seed=seed))
         found = recording.replay(marks.append).clone()
@@ -41,8 +43,67 @@ def test_kernels_and_torch_are_done_again_on_what_lies_there_now() -> None:
 def test_what_is_asked_of_numbers_cannot_be_recorded() -> None:
     x = randn(3, 65)
     with pytest.raises(AssertionError, match="asks for a number"):
-        cpu.record(lambda mark: x * float(x.max()))
+        cpu.recordings().record(lambda mark: x * float(x.max()))
     assert torch.equal(cpu.linear(x, WEIGHT), cpu.linear(x, WEIGHT))  # nothing records any more
+
+
+def test_recordings_share_memory_that_one_layer_needs() -> None:
+    """Each in turn on other numbers, so that what the others leave behind is seen to be nothing."""
+    recordings, sizes = cpu.recordings(), (5, 64, 1, 33)
+    weight = Weight("w", (512, 512), F32, randn(512, 512) / 16)
+    given = {n: randn(n, 512) for n in sizes}
+
+    def run(n: int) -> Tensor:
+        x = given[n]
+        for _ in range(40):
+            x = torch.cat([cpu.rms_norm(cpu.linear(x, weight), None, 1e-6), x[:, :7]], 1)[:, 7:] + x
+        return x
+
+    made = {}
+    for n in sizes:
+        recording = recordings.record(lambda mark, n=n: run(n))  # type: ignore[misc]
+        assert torch.equal(recording.out, run(n))
+        made[n] = recording
+    for seed in (1, 2):
+        for n in (1, 64, 33, 5):
+            given[n].copy_(randn(n, 512, seed=seed))
+            assert torch.equal(made[n].replay(None), run(n))
+    assert recordings.num_bytes <= 12 * given[64].nbytes  # of 160 tensors of this size
+
+
+def test_memory_is_taken_again_once_nothing_shows_it() -> None:
+    pool = Pool()
+    one = pool.like(torch.empty(3, 100))
+    part, other = one.view(300)[5:7], pool.unowned(one)
+    address = one.data_ptr()
+    assert one.shape == (3, 100)
+    assert one.is_contiguous()
+    del one
+    assert pool.like(torch.empty(3, 100)).data_ptr() != address
+    part[:] = 3.0
+    assert bool((other.view(300)[5:7] == 3.0).all())
+    del part
+    assert pool.like(torch.empty(3, 100)).data_ptr() == address  # although `other` shows it still
+    assert pool.num_bytes == 1 << 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_is_never_given_twice(seed: int) -> None:
+    """Tensors of all sizes come and go; each keeps its numbers, and free parts become one again."""
+    pool, dice = Pool(), random.Random(seed)
+    held: list[tuple[Tensor, int]] = []
+    for number in range(600):
+        if held and dice.randrange(2):
+            del held[dice.randrange(len(held))]
+        tensor = pool.like(torch.empty(dice.choice([1, 7, 64, 1000, 40_000]), dtype=torch.int64))
+        held.append((tensor.fill_(number), number))
+        assert all(bool((one == expected).all()) for one, expected in held[-9:])
+    assert all(bool((one == expected).all()) for one, expected in held)
+    before = pool.num_bytes
+    held.clear()
+    del tensor
+    slabs = [pool.like(torch.empty(1 << 20, dtype=torch.uint8)) for _ in range(before >> 20)]
+    assert (len(slabs), pool.num_bytes) == (before >> 20, before)
 
 
 def test_recording_loads_no_compiler() -> None:

@@ -29,7 +29,7 @@ MESSAGES = (
     wire.Queued("a", 3),
     wire.Admitted("a", 12),
     wire.Progress("a", 1, 10, 5.0, None),
-    wire.Tokens("a", (wire.Token(1, -0.5), wire.Token(2, -1.0, ((2, -1.0), (3, -2.0))))),
+    wire.Tokens("a", (wire.Token(1, -0.5), wire.Token(2, -1.0, ((2, -1.0), (3, -2.0))), wire.Token(3))),
     wire.Finished("a", "stop"),
     wire.Failed("a", "input", "no", again=False),
 )

@@ -29,6 +29,7 @@ __all__ = [
     "Ops",
     "Recording",
     "RecordingOps",
+    "Recordings",
     "Rows",
     "Stack",
     "Tick",
@@ -419,17 +420,24 @@ Tick = Callable[[float], None]
 class RecordingOps(Protocol):
     """What a backend offers beside whose passes are replayed without a device's graphs."""
 
+    def recordings(self) -> Recordings:
+        """None yet."""
+
+
+class Recordings(Protocol):
+    """Passes of which one runs at a time, since they work in the same memory."""
+
     def record(self, run: Callable[[Tick], Tensor]) -> Recording:
         """A pass that ran once before, recorded; `run` is given what to tell its progress."""
 
 
 class Recording(Protocol):
-    """A pass to replay; `out` is what it returned when it was recorded, good until the next replay."""
+    """A pass to replay; `out` is what it returned when it was recorded, good until another of the recordings runs."""
 
     out: Tensor
 
     def replay(self, tick: Tick | None) -> Tensor:
-        """What the pass returns, good until the next replay; `tick` hears of its progress, and may end it."""
+        """What the pass returns, as good as `out`; `tick` hears of its progress, and may end it."""
 
 
 class FarMemory(Protocol):

@@ -29,7 +29,7 @@ from tenfold.ops.cpu_attention import (
     store_rows,
     unpack_rows,
 )
-from tenfold.ops.cpu_graph import record
+from tenfold.ops.cpu_graph import recordings
 from tenfold.ops.cpu_linear import experts, feed_forward, grouped_linear, linear, linear_each, prepare
 from tenfold.ops.reference import dequantize, embed, layer_norm
 
@@ -52,7 +52,7 @@ __all__ = [
     "norm_rope_pack",
     "pack_rows",
     "prepare",
-    "record",
+    "recordings",
     "rms_norm",
     "rope",
     "rope_round",

@@ -535,7 +535,7 @@ def sparse_attention(
         if len(sources) > _MOST_SOURCES:
             raise ValueError(f"sources: expected at most {_MOST_SOURCES}, got {len(sources)}")
         if (recorder := _native.recorder()) is not None:
-            recorder.hold((given, kept))
+            recorder.hold(given)
         _kernel("attend_sessions")(*common, _checked("position", position, torch.int64, (n,)), pairs, scale, threads)
         return out
     refused = ctypes.c_int32()

@@ -2,7 +2,8 @@
 
 Everything a pass of fixed sizes does is noted while it runs: calls of kernels with their arguments, which the library
 then runs in a row without coming back to Python, and what torch itself computes. Sizes and addresses are those of the
-recording; what differs from pass to pass has to lie in memory that the pass reads. Knows no operation by name.
+recording; what differs from pass to pass has to lie in memory that the pass reads. What a pass computes on the way lies
+in memory that it shares with other recordings, none of which runs at the same time. Knows no operation by name.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from tenfold import _native
 from tenfold._native import Line
 from tenfold.ops import Tick
+from tenfold.ops.cpu_pool import Pool
 
-__all__ = ["Recording", "record"]
+__all__ = ["Recording", "Recordings", "recordings"]
 
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
@@ -30,26 +33,42 @@ _ALLOCATIONS = {
 }
 
 
-def record(run: Callable[[Tick], Tensor]) -> Recording:
-    """Runs a pass and records it. It is given what to tell its progress, and returns what a replay returns.
+class Recordings:
+    """Passes of which one runs at a time, since they work in the same memory."""
 
-    It must have run before: what is computed once in a process is not part of a pass.
-    """
-    recorder = _Recorder()
-    with _native.recorded_by(recorder), recorder:
-        out = run(recorder.mark)
-    recorder.close()
-    return Recording(recorder.items, recorder.kept, out)
+    def __init__(self) -> None:
+        self._pool = Pool()
+
+    @property
+    def num_bytes(self) -> int:
+        """What all of them work in."""
+        return self._pool.num_bytes
+
+    def record(self, run: Callable[[Tick], Tensor]) -> Recording:
+        """Runs a pass and records it. It is given what to tell its progress, and returns what a replay returns.
+
+        It must have run before: what is computed once in a process is not part of a pass.
+        """
+        recorder = _Recorder(self._pool)
+        with _native.recorded_by(recorder), recorder:
+            out = run(recorder.mark)
+        recorder.close()
+        return Recording(recorder.items, recorder.kept, self._pool.unowned(out))
+
+
+def recordings() -> Recordings:
+    return Recordings()
 
 
 class Recording:
-    """A pass to replay; holds all memory that it works in."""
+    """A pass to replay; keeps alive all memory that it works in."""
 
     def __init__(self, items: Sequence[Callable[[], object] | float], kept: list[object], out: Tensor) -> None:
         self._items, self._kept, self.out = items, kept, out
 
     def replay(self, tick: Tick | None) -> Tensor:
-        """What the pass returned, good until the next replay; `tick` hears of its progress, and may end it."""
+        """What the pass returned, good until another of the recordings runs; `tick` hears of its progress, and may end
+        it."""
         for item in self._items:
             if not isinstance(item, float):
                 item()
@@ -61,8 +80,9 @@ class Recording:
 class _Recorder(TorchDispatchMode):
     """Notes what runs, in order: runs of kernels, torch's operations, and as numbers the progress that is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._pool = pool
         self.items: list[Callable[[], object] | float] = []
         self.kept: list[object] = []
         self._calls: list[bytes] = []
@@ -82,7 +102,7 @@ class _Recorder(TorchDispatchMode):
 
     def scratch(self, numbers: int) -> Tensor:
         if self._scratch.shape[0] < numbers:
-            self._scratch = torch.empty(numbers)  # kept, like all that is allocated; and so is the one before
+            self._scratch = torch.empty(numbers)  # of the pool, like all that is allocated
         return self._scratch
 
     def mark(self, share: float) -> None:
@@ -99,26 +119,41 @@ class _Recorder(TorchDispatchMode):
         self._calls = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """An operation of torch: memory and views are only kept, all else is done again into the same memory."""
+        """An operation of torch: memory and views are only noted, all else is done again into the same memory."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.kept.append(result)
         if func is torch.ops.aten._local_scalar_dense.default:
             raise AssertionError("a recorded pass asks for a number that may be another one the next time")
         is_view = any(returned.alias_info is not None for returned in func._schema.returns)
-        if func in _ALLOCATIONS or (is_view and not func._schema.is_mutable):
+        if is_view and not func._schema.is_mutable:
+            self.kept.append(self._unowned(result))  # it may be all that keeps memory from elsewhere
             return result
+        if func._schema.is_mutable:
+            self._do_again(partial(func, *self._unowned(args), **self._unowned(kwargs)))
+            return result
+        mine = tree_map_only(Tensor, self._pool.like, result)
+        if func not in _ALLOCATIONS:
+            again = partial(_again, self._unowned(mine), func, self._unowned(args), self._unowned(kwargs))
+            _copy(mine, result)
+            self._do_again(again)
+        return mine
+
+    def _do_again(self, item: Callable[[], object]) -> None:
         self.close()
-        self.items.append(
-            partial(func, *args, **kwargs) if func._schema.is_mutable else partial(_again, result, func, args, kwargs)
-        )
-        return result
+        self.items.append(item)
+
+    def _unowned(self, values: Any) -> Any:
+        return tree_map_only(Tensor, self._pool.unowned, values)
 
 
-def _again(result: Tensor | Sequence[Tensor], func: Any, args: Any, kwargs: Any) -> None:
-    found = func(*args, **kwargs)
-    if isinstance(result, Tensor):
-        result.copy_(found)
+def _again(mine: Tensor | Sequence[Tensor], func: Any, args: Any, kwargs: Any) -> None:
+    _copy(mine, func(*args, **kwargs))
+
+
+def _copy(mine: Tensor | Sequence[Tensor], found: Tensor | Sequence[Tensor]) -> None:
+    if isinstance(mine, Tensor):
+        assert isinstance(found, Tensor)
+        mine.copy_(found)
         return
-    for mine, other in zip(result, found, strict=True):
-        mine.copy_(other)
+    for own, other in zip(mine, found, strict=True):
+        own.copy_(other)

@@ -94,13 +94,19 @@ class Task:
         """The next token of the completion; None if it is an end-of-sequence token."""
         assert self.sampler is not None
         allowed = None if self.matcher is None else self.matcher.allowed()
-        found = self.sampler.sample(self.live.last_logits, allowed)
+        token = self._choose(self.sampler, allowed)
         held = self.matcher is not None  # behind the end of its grammar there is nothing
-        if found.id in self.engine.config.eos_token_id and (held or not self.params.ignore_eos):
+        if token.id in self.engine.config.eos_token_id and (held or not self.params.ignore_eos):
             return None
         if self.matcher is not None:
-            self.matcher.advance(found.id)
-        self.next_id, self.sampled = found.id, self.sampled + 1
+            self.matcher.advance(token.id)
+        self.next_id, self.sampled = token.id, self.sampled + 1
+        return token
+
+    def _choose(self, sampler: Sampler, allowed: Tensor | None) -> Token:
+        if self.params.logprobs is None:
+            return Token(sampler.choose(self.live.last_logits, allowed))
+        found = sampler.sample(self.live.last_logits, allowed)
         return Token(found.id, found.logprob, found.top)
 
     @property

@@ -168,10 +168,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A sampled token; `top` holds the likeliest as (id, logprob)."""
+    """A sampled token; where log-probabilities were asked for its own, and in `top` the likeliest as (id, logprob)."""
 
     id: int
-    logprob: float
+    logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 
