@@ -133,6 +133,10 @@ class Index:
         """All segments, parents before their children."""
         return [SegmentRow(*row) for row in self._all(_SEGMENT + " ORDER BY start, key")]
 
+    def segment_keys(self) -> list[str]:
+        """The same of their keys alone."""
+        return [key for (key,) in self._all("SELECT key FROM segments ORDER BY start, key")]
+
     def children(self, digest: str, parent: str, start: int, first_token: int) -> list[SegmentRow]:
         """Segments that go on from `parent` at `start` with this token; more than one if two processes raced."""
         query = _SEGMENT + " WHERE parent = ? AND start = ? AND first_token = ? AND digest = ?"
@@ -153,6 +157,10 @@ class Index:
 
     def points(self) -> list[PointRow]:
         return [PointRow(*row) for row in self._all(_POINT + " ORDER BY segment, position")]
+
+    def point_names(self) -> list[tuple[str, int]]:
+        """Segment and position of each."""
+        return [(key, position) for key, position in self._all("SELECT segment, position FROM points")]
 
     def subtree(self, key: str) -> list[str]:
         """The segment and all that hang on it."""

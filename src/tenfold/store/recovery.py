@@ -23,16 +23,19 @@ __all__ = ["adopt", "enter_point", "enter_segment", "point_row", "segment_row"]
 
 def adopt(folder: Folder, index: Index, warn: Callable[[str], None]) -> int:
     """Takes in what is whole and hangs on something, and out what has been evicted; returns how many files came in."""
-    _forget(folder, index)
-    known = {row.key for row in index.segments()}
+    known, there = index.segment_keys(), folder.found("segments")
+    _forget_segments(folder, index, [key for key in known if key not in there])
     segments = []
-    for name in folder.found("segments") - known:
-        path = folder.segment(name)
+    for key in there.difference(known):
+        path = folder.segment(key)
         with _discarded_if_damaged(path, warn):
-            segments.append(segment_row(path, name))
+            segments.append(segment_row(path, key))
     adopted = sum(enter_segment(folder, index, row) for row in sorted(segments, key=lambda row: row.start))
+    named = {f"{key}-{position}": (key, position) for key, position in index.point_names()}
+    there = folder.found("points")
+    _forget_points(folder, index, [named[name] for name in named if name not in there])
     points = []
-    for name in folder.found("points") - {row.name for row in index.points()}:
+    for name in there.difference(named):
         key, _, position = name.partition("-")
         path = folder.point(key, int(position))
         with _discarded_if_damaged(path, warn):
@@ -40,22 +43,22 @@ def adopt(folder: Folder, index: Index, warn: Callable[[str], None]) -> int:
     return adopted + sum(enter_point(folder, index, row) for row in points)
 
 
-def _forget(folder: Folder, index: Index) -> None:
-    """Rows of evicted files, children first. What lacks a file but has children was not evicted: whoever asks for it
-    is told. Points of a segment that goes here lead nowhere, and their files go with what else is not in the index.
+def _forget_segments(folder: Folder, index: Index, keys: list[str]) -> None:
+    """Rows whose files were evicted. What lacks a file but has children was not: whoever asks for it is told.
+
+    Points of a segment that goes lead nowhere, and their files go with what else the index does not know.
     """
-    rows, there = index.segments(), folder.found("segments")
-    for row in reversed(rows):
-        if row.key not in there:
-            with index.transaction():
-                if _is_gone(folder.segment(row.key)) and not index.children_of([row.key]):
-                    index.remove_segments([row.key])
-    points, there = index.points(), folder.found("points")
-    for point in points:
-        if point.name not in there:
-            with index.transaction():
-                if _is_gone(folder.point(point.segment, point.position)):
-                    index.remove_point(point.segment, point.position)
+    for key in reversed(keys):  # children first
+        with index.transaction():
+            if _is_gone(folder.segment(key)) and not index.children_of([key]):
+                index.remove_segments([key])
+
+
+def _forget_points(folder: Folder, index: Index, points: list[tuple[str, int]]) -> None:
+    for key, position in points:
+        with index.transaction():
+            if _is_gone(folder.point(key, position)):
+                index.remove_point(key, position)
 
 
 def _is_gone(path: Path) -> bool:
