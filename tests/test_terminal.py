@@ -11,16 +11,22 @@ from tenfold.terminal import ReadingClock, about, bytes_text, duration_text
 
 
 def ticking(
-    monkeypatch: pytest.MonkeyPatch, costs: list[float], work: Callable[[int], float] | None = None, chunks: int = 8
+    monkeypatch: pytest.MonkeyPatch,
+    costs: list[float],
+    work: Callable[[int], float] | None = None,
+    chunks: int = 8,
+    stored: int = 0,
 ) -> ReadingClock:
-    """A clock over 8 chunks of 1000 tokens, of which the first took `costs` seconds."""
+    """A clock over 8 chunks of 1000 tokens, of which the first behind those stored took `costs` seconds."""
     now = [0.0]
     # Only the module's own `time`: the threads of other tests go on asking the real one.
     monkeypatch.setattr("tenfold.terminal.time", SimpleNamespace(monotonic=lambda: now[0]))
     clock = ReadingClock(1000 * chunks)
     if work is not None:
         clock.weigh(work)
-    for i, seconds in enumerate(costs):
+    if stored:
+        clock.begin(1000 * stored)
+    for i, seconds in enumerate(costs, stored):
         now[0] += seconds
         clock.advance(1000 * (i + 1))
     return clock
@@ -30,6 +36,12 @@ def test_the_eta_knows_that_later_tokens_cost_more(monkeypatch: pytest.MonkeyPat
     costs = [1.0 + 0.5 * i for i in range(8)]
     clock = ticking(monkeypatch, costs[:3])
     assert clock.eta_s == pytest.approx(sum(costs[3:]), rel=1e-6)
+
+
+def test_it_knows_that_behind_stored_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = [1.0 + 0.5 * i for i in range(8)]
+    clock = ticking(monkeypatch, costs[3:6], stored=3)
+    assert clock.eta_s == pytest.approx(sum(costs[6:]), rel=1e-6)
 
 
 def test_the_eta_of_even_chunks_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:

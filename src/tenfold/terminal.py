@@ -55,7 +55,9 @@ class ReadingClock:
         self.total, self.done, self.skipped = total, 0, 0
         self._show = show
         self._began = self._last = time.monotonic()
-        self._chunks: list[tuple[int, float, float, float]] = []  # tokens, their middle, seconds, expected cost
+        self._seconds = self._cost = 0.0  # taken by all chunks, and expected of them
+        self._seconds_moment = self._cost_moment = 0.0  # each times the place of its chunk
+        self._tokens_moment = 0.0  # times the square of the place
         self._work: Callable[[int], float] = float
         self._doubt = 0.0
 
@@ -74,11 +76,19 @@ class ReadingClock:
         """Says that the first `done` tokens are read."""
         now = time.monotonic()
         if done > self.done:
-            cost = self._work(done) - self._work(self.done)
-            self._chunks.append((done - self.done, (self.done + done) / 2, now - self._last, cost))
+            self._count(done - self.done, (self.done + done) / 2 - self.skipped, now - self._last)
         self.done, self._last = done, now
         if self._show is not None:
             self._show(self)
+
+    def _count(self, tokens: int, place: float, seconds: float) -> None:
+        """One more chunk. `place` is its middle, from where reading began; only sums are kept, whatever the length."""
+        cost = self._work(self.done + tokens) - self._work(self.done)
+        self._seconds += seconds
+        self._cost += cost
+        self._seconds_moment += place * seconds
+        self._cost_moment += place * cost
+        self._tokens_moment += place**2 * tokens
 
     @property
     def elapsed_s(self) -> float:
@@ -92,30 +102,27 @@ class ReadingClock:
     @property
     def eta_s(self) -> float | None:
         """Seconds the remaining tokens need; None before the first chunk is done."""
-        if not self._chunks:
+        if not self._cost:
             return None
         remaining = self.total - self.done
         expected = self._rate * (self._work(self.total) - self._work(self.done))
-        drift = self._drift * remaining * ((self.done + self.total) / 2 - self._middle)
-        return max(expected + drift, expected / 2)
+        behind = (self.total - self.skipped) / 2  # from the middle of what is read to the middle of what is not
+        return max(expected + self._drift * remaining * behind, expected / 2)
 
     @property
     def _rate(self) -> float:
-        return sum(seconds for _, _, seconds, _ in self._chunks) / sum(cost for *_, cost in self._chunks)
-
-    @property
-    def _middle(self) -> float:
-        return (self.skipped + self.done) / 2
+        return self._seconds / self._cost
 
     @property
     def _drift(self) -> float:
-        """Seconds by which a token costs more than expected, for each token that it lies behind the middle."""
-        rate, middle = self._rate, self._middle
-        spread, common = self._doubt * float(self.total - self.skipped) ** 3 / 12, 0.0
-        for tokens, place, seconds, cost in self._chunks:
-            spread += tokens * (place - middle) ** 2
-            common += (place - middle) * (seconds - rate * cost)
-        return common / spread if spread > 0 else 0.0
+        """Seconds by which a token costs more than expected, for each token that it lies behind the middle.
+
+        Chunks lie end to end, so the middle of their tokens is half of what they are, and what they took beyond the
+        expected adds up to nothing: neither has to be taken from each place first.
+        """
+        spread = self._doubt * float(self.total - self.skipped) ** 3 / 12
+        spread += self._tokens_moment - (self.done - self.skipped) ** 3 / 4
+        return (self._seconds_moment - self._rate * self._cost_moment) / spread if spread > 0 else 0.0
 
 
 @contextmanager
