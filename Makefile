@@ -43,8 +43,8 @@ test-all: lint ## the same with the slow tests
 	$(BIN)/pytest $(SIDE_BY_SIDE) -q
 	@$(MAKE) --no-print-directory sanitize
 
-test-long: env ## the server's tests that take hours, before a release
-	$(BIN)/pytest -q -m slow tests/server
+test-long: env ## hours, before a release: all slow tests, then the long ones of the server
+	$(BIN)/pytest -q -m slow
 	$(BIN)/python -m tests.long
 
 test-gpu: env ## the tests of the GPU backend on this machine's NVIDIA GPU
