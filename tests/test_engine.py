@@ -768,6 +768,11 @@ def test_sizes_of_memory(size: str | int, expected: int) -> None:
     assert parse_bytes(size) == expected
 
 
+def test_a_size_that_is_none_is_named() -> None:
+    with pytest.raises(UsageError, match="--store-limit is '0', expected a positive size"):
+        parse_bytes("0", "--store-limit")
+
+
 def test_the_public_surface_is_that_of_the_design() -> None:
     loaded = list(inspect.signature(Engine.load).parameters)
     assert loaded == ["source", "backend", "numerics", "memory", "store", "count", "threads"]

@@ -552,7 +552,7 @@ def store_prune(
 
     if limit is older is model is None:
         raise UsageError("nothing says what to remove; give --limit, --older or --model")
-    limit_bytes = None if limit is None else parse_bytes(limit)
+    limit_bytes = None if limit is None else parse_bytes(limit, "--limit")
     older_s = None if older is None else admin.parse_age(older)
     with admin.opened(folder, _warn) as store:
         found = admin.prune(store, limit_bytes, older_s, model)

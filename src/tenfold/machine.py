@@ -45,11 +45,11 @@ _AVX512_WORDS = ("avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile"
 _ARM_WORDS = ("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2")
 
 
-def parse_bytes(text: str | int) -> int:
-    """Bytes from "12G", "512M" or a number; K, M, G and T are powers of 1024."""
+def parse_bytes(text: str | int, what: str = "memory") -> int:
+    """Bytes from "12G", "512M" or a number; K, M, G and T are powers of 1024. An error calls it `what`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip(), re.IGNORECASE)
     if match is None or float(match.group(1)) <= 0:
-        raise UsageError(f"memory is {text!r}, expected a positive size such as 12G or 512M")
+        raise UsageError(f"{what} is {text!r}, expected a positive size such as 12G or 512M")
     return int(float(match.group(1)) * 1024 ** " KMGT".index(match.group(2).upper() or " "))
 
 

@@ -35,7 +35,7 @@ def open_store(folder: Path | None, nowhere: bool, limit: str | None) -> Store |
         if folder is not None or limit is not None:
             raise UsageError("--no-store keeps nothing; leave --store and --store-limit away")
         return None
-    limit_bytes = None if limit is None else parse_bytes(limit)
+    limit_bytes = None if limit is None else parse_bytes(limit, "--store-limit")
     try:
         return Store(folder or default_folder(), limit_bytes, warn=terminal.warn)
     except StoreError as exc:

@@ -16,11 +16,13 @@ from tests.long import ends, engine, load, neighbours, programs, stores
 
 TESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "streams": load.streams,
+    "slow": load.slow,
     "soak": load.soak,
     "killed": engine.killed,
     "stopped": engine.stopped,
     "tenancy": engine.tenancy,
     "clock": engine.clock,
+    "clock_at_ends": ends.clock_at_ends,
     "disconnects": ends.disconnects,
     "longest": ends.longest,
     "signals": ends.signals,

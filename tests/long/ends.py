@@ -12,14 +12,18 @@ import statistics
 import struct
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.long.clients import Answer, ask, request
-from tests.long.engine import body, cached_tokens, words
+from tests.long.engine import JUMPS_S, body, cached_tokens, shifting, words
 from tests.long.load import health
 from tests.long.served import Served, command, serving
 from tests.server.clock import awake_s
+
+from tenfold.store import Store
 
 _FREE_S = 2.0
 _ABRUPT = struct.pack("ii", 1, 0)
@@ -131,7 +135,9 @@ def longest(times: int = 10, tokens: int = 1_000_000) -> dict[str, Any]:
     return found
 
 
-async def _signalled(served: Served, signals: tuple[int, ...], tokens: int) -> tuple[list[Answer], int, float]:
+async def _signalled(
+    served: Served, signals: tuple[int, ...], tokens: int, meanwhile: Callable[[], None] = lambda: None
+) -> tuple[list[Answer], int, float]:
     """16 streams, a signal under way, perhaps a second one: their ends, the status of a request that came after the
     first, and how long the process lived on after the last."""
     running = [asyncio.create_task(ask(served.port, "/v1/completions", body(words(20, i), tokens))) for i in range(16)]
@@ -142,6 +148,7 @@ async def _signalled(served: Served, signals: tuple[int, ...], tokens: int) -> t
     refused = 503
     with contextlib.suppress(OSError):
         refused = (await ask(served.port, "/v1/completions", body("Once", 1))).status
+    meanwhile()
     for number in signals[1:]:
         os.kill(served.process.pid, number)
     began = awake_s()
@@ -188,4 +195,49 @@ def signals(times: int = 50) -> dict[str, Any]:
     assert found["exit_codes"] == [0], found
     assert not any(found[key] for key in ("taken_after", "children_left", "not_found", "tidy_but_cut")), found
     assert counts["whole"] >= 16 * len(range(0, times, len(ways))), found
+    return found
+
+
+def clock_at_ends(times: int = 4, texts: int = 8) -> dict[str, Any]:
+    """R28: the time of day jumps while a store of four texts evicts, and again while the server drains."""
+    found: dict[str, Any] = {"times": times, "exit_codes": [], "lived_s_most": 0.0}
+    found |= dict.fromkeys(("stored", "used_last_not_found", "used_first_found", "whole", "taken_after"), 0)
+
+    async def cached(port: int, seed: int) -> int:
+        return cached_tokens(await ask(port, "/v1/completions", body(words(300, seed), 8)))
+
+    async def stored(served: Served, by_s: int, jump: Callable[[int], None]) -> None:
+        for seed in range(texts):
+            if seed == texts // 2:
+                jump(by_s)
+            await cached(served.port, 1000 * by_s + seed)
+        for seed in (texts - 2, texts - 1):
+            found["used_last_not_found"] += not await cached(served.port, 1000 * by_s + seed)
+        found["used_first_found"] += bool(await cached(served.port, 1000 * by_s))
+        found["stored"] += texts
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment, jump = shifting(Path(folder))
+        with command(folder, "--store", f"{folder}/store", env=environment) as served:
+            asyncio.run(cached(served.port, 0))
+            served.process.terminate()
+            served.process.wait(120)
+        with contextlib.closing(Store(Path(folder, "store"))) as store:
+            text_bytes = store.index.total_bytes()
+        options = ("--store", f"{folder}/store", "--store-limit", str(int(4.5 * text_bytes)), "--drain", "120")
+        for turn in range(times):
+            by_s = JUMPS_S[turn % len(JUMPS_S)]
+            jump(0)
+            with command(folder, *options, env=environment) as served:
+                asyncio.run(stored(served, by_s, jump))
+                meanwhile = partial(jump, 2 * by_s)
+                answers, refused, lived = asyncio.run(_signalled(served, (signal.SIGTERM,), 600, meanwhile))
+                found["whole"] += sum(answer.done and answer.error is None for answer in answers)
+                found["taken_after"] += refused != 503
+                found["lived_s_most"] = max(found["lived_s_most"], round(lived, 1))
+                found["exit_codes"].append(served.process.returncode)
+    found["exit_codes"] = sorted(set(found["exit_codes"]))
+    assert not any(found[key] for key in ("used_last_not_found", "used_first_found", "taken_after")), found
+    assert found["whole"] == 16 * times, found
+    assert found["exit_codes"] == [0], found
     return found

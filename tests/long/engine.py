@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.store.preload import built
 
 MODEL = "tenfold-test"
 CLOCK = Path(__file__).with_name("clock.c")
+JUMPS_S = (3600, -3600, 86_400, -86_400)
 
 
 def body(text: str, tokens: int, **more: Any) -> dict[str, Any]:
@@ -160,17 +162,28 @@ def tenancy(probes: int = 1000, length: int = 200, first: int = 0) -> dict[str, 
     return found
 
 
+def shifting(folder: Path) -> tuple[dict[str, str], Callable[[int], None]]:
+    """The environment of processes whose time of day is off, and what sets by how many seconds."""
+    shift = folder / "shift"
+    shift.write_bytes(bytes(8))
+    library = built(CLOCK, folder, f'-DSHIFT_FILE="{shift}"')
+
+    def jump(by_s: int) -> None:
+        with shift.open("r+b") as file:  # in place: the processes have it mapped
+            file.write(by_s.to_bytes(8, sys.byteorder, signed=True))
+
+    return {"LD_PRELOAD": str(library)}, jump
+
+
 def clock(jumps: int = 16) -> dict[str, Any]:
     """R28: the time of day jumps by an hour and a day, both ways, under streams, for the server and for its engine."""
     with tempfile.TemporaryDirectory() as folder:
-        shift = Path(folder, "shift")
-        shift.write_bytes(bytes(8))
-        library = built(CLOCK, Path(folder), f'-DSHIFT_FILE="{shift}"')
+        environment, jump = shifting(Path(folder))
         failed = unfound = jumped = 0
-        with serving("real", folder + "/store", env={"LD_PRELOAD": str(library)}) as served:
+        with serving("real", folder + "/store", env=environment) as served:
             engine = served.engine_pid()
             for i in range(jumps):
-                by_s = (3600, -3600, 86_400, -86_400)[i % 4]
+                by_s = JUMPS_S[i % len(JUMPS_S)]
 
                 async def run(by_s: int) -> list[Answer]:
                     asked = [
@@ -178,8 +191,7 @@ def clock(jumps: int = 16) -> dict[str, Any]:
                         for j in range(4)
                     ]
                     await asyncio.sleep(0.5)
-                    with shift.open("r+b") as file:  # in place: the processes have it mapped
-                        file.write(by_s.to_bytes(8, sys.byteorder, signed=True))
+                    jump(by_s)
                     return await asyncio.gather(*asked)
 
                 answers = asyncio.run(run(by_s))

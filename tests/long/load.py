@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import random
 import statistics
+import tempfile
 import time
 from typing import Any
 
 from tests.long.clients import Answer, ask, request
-from tests.long.served import Served, serving
+from tests.long.served import Served, command, serving
+from tests.server.clock import awake_s
 
 MODEL = "tenfold-test"
 
@@ -101,6 +103,82 @@ def streams(count: int = 1000, slow: int = 200) -> dict[str, Any]:
         assert (found["lost"], found["truncated"], found["crossed"]) == (0, 0, 0), found
         assert found["slow_open_longest_s"] < 75, found
         return found
+
+
+_SHARES = {"p50": 0.5, "p99": 0.99}
+LEFT_OPEN_S = {"header": 30.0, "body": 60.0, "idle": 75.0}
+"""For how long a connection may stay open that sends a byte a second of its header or body, or nothing more."""
+
+
+async def _kept_open(port: int, kind: str, length: int = 4000) -> float:
+    """Seconds until the server closed such a connection; it has two minutes."""
+    whole = request("/v1/completions", body(0, padding="x" * length))
+    asked = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    head = whole.index(b"\r\n\r\n") + 4
+    first, rest = {"header": (b"", whole), "body": (whole[:head], whole[head:]), "idle": (asked, b"")}[kind]
+    began = awake_s()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def trickle() -> None:
+        for byte in rest:
+            await asyncio.sleep(1)
+            writer.write(bytes([byte]))
+
+    writer.write(first)
+    trickling = asyncio.create_task(trickle())
+    try:
+        async with asyncio.timeout(120):
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(65536):
+                    pass
+    finally:
+        trickling.cancel()
+        writer.close()
+    return awake_s() - began
+
+
+def slow(count: int = 500) -> dict[str, Any]:
+    """R15: so many of each kind at once against the server as a user starts it, which has room for 1,200 connections:
+    the oldest silent ones give way. Others are answered meanwhile."""
+
+    async def run(port: int) -> dict[str, Any]:
+        over = asyncio.Event()
+        probing = asyncio.create_task(health(port, over))
+        await asyncio.sleep(10)
+        over.set()
+        alone, over = sorted(await probing), asyncio.Event()
+        kinds = [kind for _ in range(count) for kind in LEFT_OPEN_S]
+        slow_ones = [asyncio.create_task(_kept_open(port, kind)) for kind in kinds]
+        probing = asyncio.create_task(health(port, over))
+        answers = []
+        while not all(one.done() for one in slow_ones):
+            asked = {"model": MODEL, "prompt": "Once", "max_tokens": 8, "stream": True}
+            answers.append(await ask(port, "/v1/completions", asked))
+            await asyncio.sleep(1)
+        over.set()
+        beside = sorted(await probing)
+        open_s = dict.fromkeys(LEFT_OPEN_S, 0.0)
+        for kind, one in zip(kinds, slow_ones, strict=True):
+            open_s[kind] = max(open_s[kind], await one)
+        return {
+            "of_each_kind": count,
+            **{f"{kind}_open_s_most": round(seconds, 1) for kind, seconds in open_s.items()},
+            "answers": len(answers),
+            "not_whole": sum(not answer.done for answer in answers),
+            "health_probes": len(beside),
+            **{f"health_{name}_ms_alone": round(1e3 * alone[int(at * len(alone))], 1) for name, at in _SHARES.items()},
+            **{f"health_{name}_ms": round(1e3 * beside[int(at * len(beside))], 1) for name, at in _SHARES.items()},
+        }
+
+    with tempfile.TemporaryDirectory() as folder, command(folder, "--no-store", keys=True) as served:
+        files = served.files()
+        found = asyncio.run(run(served.port))
+        time.sleep(1)
+        found["files_more"] = served.files() - files
+    assert not found["not_whole"], found
+    assert all(found[f"{kind}_open_s_most"] < most + 5 for kind, most in LEFT_OPEN_S.items()), found
+    assert found["files_more"] <= 0, found
+    return found
 
 
 async def _count_halts(halts: list[float]) -> None:

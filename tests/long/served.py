@@ -132,7 +132,7 @@ def serving(kind: str, *more: str, env: dict[str, str] | None = None) -> Iterato
 
 
 @contextlib.contextmanager
-def command(folder: str, *more: str, keys: bool = False) -> Iterator[Served]:
+def command(folder: str, *more: str, keys: bool = False, env: dict[str, str] | None = None) -> Iterator[Served]:
     """`tenfold serve tiny-v4-flash` as a user starts it, ready; its log is FOLDER/log. Killed at the end."""
     log = Path(folder, "log")
     words = [sys.executable, "-m", "tenfold", "serve", "tiny-v4-flash", "--name", MODEL, "--port", "0", *more]
@@ -140,7 +140,7 @@ def command(folder: str, *more: str, keys: bool = False) -> Iterator[Served]:
         Path(folder, "keys").write_text("\n".join(KEYS))
         words += ["--keys", f"{folder}/keys"]
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stderr=file, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        process = subprocess.Popen(words, stderr=file, env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})})
     try:
         while (address := re.search(r"http://[0-9.]+:(\d+)", log.read_text())) is None:
             assert process.poll() is None, log.read_text()

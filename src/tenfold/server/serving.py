@@ -233,7 +233,7 @@ def _start(options: Options) -> Start:
         options.memory,
         options.threads,
         store,
-        None if options.store_limit is None else parse_bytes(options.store_limit),
+        None if options.store_limit is None else parse_bytes(options.store_limit, "--store-limit"),
         options.queue,
     )
 
