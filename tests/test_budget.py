@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tenfold import config as configuration
-from tenfold.budget import Budget, fit, longest, stream_bytes
+from tenfold.budget import Budget, fit, longest, shared_tile_tokens, stream_bytes
 from tenfold.errors import DoesNotFit
 
 GIB = 1 << 30
@@ -63,3 +63,15 @@ def test_exact_rows_take_more() -> None:
     config = configuration.load("v4-flash")
     assert stream_bytes(config, 1 << 20) == sum(config.kv_bytes(1 << 20).values())
     assert stream_bytes(config, 1 << 20, exact=True) > 3 * stream_bytes(config, 1 << 20)
+
+
+def test_short_sessions_share_a_tile_as_long_as_one_of_theirs_put_together() -> None:
+    config = configuration.load("v4-flash")
+    short, long = (fit(config, context, budget(200), exact=False) for context in (96, 1 << 20))
+    assert shared_tile_tokens([short]) == 96
+    assert shared_tile_tokens([short] * 3) == 288
+    assert shared_tile_tokens([short] * 100) == long.tile_tokens
+    assert shared_tile_tokens([long, short]) == long.tile_tokens
+    least = fit(config, 1 << 20, budget(long.total_bytes / GIB * 0.9), exact=False)
+    assert least.tile_tokens < long.tile_tokens
+    assert shared_tile_tokens([least, *[short] * 100]) == least.tile_tokens

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tenfold import checkpoint, ops
 from tenfold import config as configuration
-from tenfold.budget import Budget, Need, fit, gpu_session_bytes, longest
+from tenfold.budget import Budget, Need, fit, gpu_session_bytes, longest, shared_tile_tokens
 from tenfold.config import ModelConfig
 from tenfold.counting import CountingOps, counting
 from tenfold.decoding import Decoder, Place, can_decode
@@ -230,7 +230,7 @@ class Engine:
             positions=torch.cat([torch.arange(s.position, s.position + s.num_tokens, device=device) for s in spans]),
             spans=tuple(spans),
             wanted=torch.arange(start, device=device) if every else last.to(device),
-            tile_tokens=min(session.need.tile_tokens for session in batch),
+            tile_tokens=shared_tile_tokens(session.need for session in batch),
             pace=None if tick is None else Pace(tick),
             swiftness=_GPU_SWIFTNESS if device.type == "cuda" else 1,
         )

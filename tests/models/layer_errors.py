@@ -130,7 +130,7 @@ def residuals(engine: Engine, ids: Sequence[int], change: Change) -> tuple[list[
         block.forward = _watched(block.forward, index, change, before, after)
     try:
         session = engine.session(len(ids))
-        session.need = replace(session.need, tile_tokens=len(ids))  # each layer once
+        session.need = replace(session.need, tile_tokens=len(ids), most_tile_tokens=len(ids))  # each layer once
         session.feed(ids)
     finally:
         for block in blocks:
