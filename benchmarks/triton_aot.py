@@ -1,6 +1,6 @@
-"""Compiles the GPU kernels at V4-Flash's widths for Ampere to Blackwell, without a GPU, and reads the machine code.
+"""Compiles the GPU kernels at the widths of V4-Flash and V3.2 for Ampere to Blackwell, and reads the machine code.
 
-For each kernel and architecture: registers, stack (spills), shared memory and matrix instructions, to
+Needs no GPU. For each kernel and architecture: registers, stack (spills), shared memory and matrix instructions, to
 results/triton-aot.csv. `--kernel` and `--arch` choose some, whose lines there are replaced; `--json` prints instead.
 Says nothing of speed, and nothing of a kernel's results: those the interpreter checks (tests/ops/triton).
 """
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tenfold.formats import RowLayout, index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
-from tenfold.ops.triton import attention, compress, experts, hyper, index, linear, route, rows, sessions, topk
+from tenfold.ops.triton import attention, compress, experts, hyper, index, latent, linear, route, rows, sessions, topk
 
 RESULTS = Path(__file__).parent / "results" / "triton-aot.csv"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -40,6 +40,7 @@ PITCHES = ("pitch", "stride")
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "QMMA", "OMMA")
 
 HIDDEN, INNER, EXPERTS, TOPK, LATENT, HEAD = 4096, 2048, 256, 6, 1024, 512
+HIDDEN_V32, TOPK_V32 = 7168, 8
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def cases() -> Iterator[Case]:
 
 
 def linear_cases() -> Iterator[Case]:
-    types = {"x": "*fp32", "codes": "*u8", "scale": "*u8", "out": "*fp32", "n": "i32", "N": "i32"}
+    types = {"x": "*fp32", "norm": "*fp32", "eps": "fp32", "before": "*fp32", "codes": "*u8", "scale": "*u8",
+             "out": "*fp32", "n": "i32", "N": "i32", "wide": "i32"}  # fmt: skip
     stored = {"f32": ("*fp32", "*fp32"), "bf16": ("*bf16", "*bf16"), "fp8": ("*u8", "*u8"),
               "fp8-f32scale": ("*u8", "*fp32"), "mxfp4": ("*u8", "*u8")}  # fmt: skip
     for n, parts in ((1, 1), (1, 3), (33, 1), (4096, 1)):
@@ -129,7 +131,8 @@ def linear_cases() -> Iterator[Case]:
             given = types | {"codes": codes, "scale": scale}
             if n > 16 and name != "f32":
                 given |= {"x": "*bf16"}
-            constants = {"GROUPS": 1, "K": HIDDEN, "FORMAT": form, "PARTS": parts, **sizes(t)}
+            constants = {"NORMED": False, "ADDED": False, "GROUPS": 1, "ROW": HIDDEN, "K": HIDDEN, "FORMAT": form,
+                         "PARTS": parts, **sizes(t)}  # fmt: skip
             yield Case(f"linear {name}, {n} rows, {parts} parts", linear.linear_kernel, given, constants, **t.options)
         types_each = {"x": "*fp32" if n == 1 else "*bf16", "norm": "*fp32", "eps": "fp32", "table": "*i64",
                       "out": "*fp32", "n": "i32"}  # fmt: skip
@@ -140,12 +143,30 @@ def linear_cases() -> Iterator[Case]:
         if n == 1:
             normed = constants | {"NORMED": True, "COUNT": 2, "FORMATS": 4, "K": LATENT}
             yield Case(f"norm and {name}", linear.linear_each_kernel, types_each, normed, **t.options)
+    yield from latent_linear_cases(types, types_each | {"x": "*fp32"})
+
+
+def latent_linear_cases(types: dict[str, str], types_each: dict[str, str]) -> Iterator[Case]:
+    """Of a token of V3.2: the norm before a layer's products, the sum behind them, the absorbed ones by head."""
+    fp8, bf16 = linear.AS_FP8_F32.value, linear.AS_BF16.value
+    scaled, plain = types | {"scale": "*fp32"}, types | {"codes": "*bf16", "scale": "*bf16"}
+    t = linear.tiles(1, HIDDEN_V32, 1 << fp8)
+    shape = {"NORMED": False, "ADDED": False, "GROUPS": 1, "PARTS": 1, **sizes(t)}
+    each = {"NORMED": True, "COUNT": 4, "K": HIDDEN_V32, "FORMATS": 1 << fp8 | 1 << bf16, "PARTS": 1, **sizes(t)}
+    yield Case("norm and linear_each v3.2", linear.linear_each_kernel, types_each, each, **t.options)
+    onto = shape | {"ADDED": True, "ROW": 16384, "K": 16384, "FORMAT": fp8}
+    yield Case("linear onto what was there", linear.linear_kernel, scaled, onto, **t.options)
+    gate = shape | {"NORMED": True, "ROW": HIDDEN_V32, "K": HIDDEN_V32, "FORMAT": bf16, "PARTS": 3}
+    yield Case("norm and linear of the router", linear.linear_kernel, plain, gate, **t.options)
+    heads = shape | {"GROUPS": 128, "ROW": 192, "K": 128, "FORMAT": fp8}
+    yield Case("linear by head, of wider rows", linear.linear_kernel, scaled, heads, **t.options)
 
 
 def expert_cases() -> Iterator[Case]:
-    pointers = {"x": "*fp32", "weights": "*fp32", "table": "*i64", "ids": "*i64", "order": "*i32", "blocks": "*i32",
-                "out": "*bf16"}  # fmt: skip
-    numbers = dict.fromkeys(("n", "num_blocks", "inner", "shared_inner", "hidden"), "i32") | {"limit": "fp32"}
+    pointers = {"x": "*fp32", "norm": "*fp32", "weights": "*fp32", "table": "*i64", "ids": "*i64", "order": "*i32",
+                "blocks": "*i32", "out": "*bf16"}  # fmt: skip
+    numbers = dict.fromkeys(("n", "num_blocks", "inner", "shared_inner", "hidden"), "i32")
+    numbers |= dict.fromkeys(("limit", "eps"), "fp32")
     shared = {"shared_table": "*i64", "shared_out": "*bf16"}
     fp8, mxfp4 = linear.AS_FP8.value, linear.AS_MXFP4.value
     for rows_each, direct in ((1, True), (1, False), (33, False), (96, False)):
@@ -156,8 +177,15 @@ def expert_cases() -> Iterator[Case]:
         types = pointers | numbers | shared | ({} if rows_each == 1 else {"x": "*bf16"})
         if direct:
             types |= {"order": "*i64", "blocks": "*i64"}
-        constants = choices | {"K": HIDDEN, "LIMITED": True, "PARTS": 1, "FORMAT": mxfp4, "SHARED_FORMAT": fp8}
+        constants = choices | {"NORMED": False, "K": HIDDEN, "LIMITED": True, "PARTS": 1, "FORMAT": mxfp4,
+                               "SHARED_FORMAT": fp8}  # fmt: skip
         yield Case(f"gate_up, {label}", experts.gate_up_kernel, types, constants | sizes(t), **t.options)
+        if rows_each == 1:
+            form = linear.AS_FP8_F32.value
+            t_v32 = linear.tiles(1, HIDDEN_V32, 1 << form)
+            normed = constants | {"NORMED": True, "TOPK": TOPK_V32, "K": HIDDEN_V32, "LIMITED": False, "FORMAT": form,
+                                  "SHARED_FORMAT": form} | sizes(t_v32)  # fmt: skip
+            yield Case(f"norm and gate_up v3.2, {label}", experts.gate_up_kernel, types, normed, **t_v32.options)
         types = types | {"gated": "*bf16", "shared_gated": "*bf16", "out": "*fp32"}
         constants = choices | {"LINES": TOPK + 1, "K": INNER, "SHARED_K": INNER, "PARTS": 1, "FORMAT": mxfp4,
                                "SHARED_FORMAT": fp8}  # fmt: skip
@@ -168,8 +196,10 @@ def expert_cases() -> Iterator[Case]:
         name = "plan, one chunk" if alone else "plan, many chunks"
         yield Case(name, experts.plan_kernel, types, bins | {"BM": 16, "ALONE": alone, "SLAB": 16})
     yield Case("plan, counts", experts.count_kernel, types, bins)
-    types = {"y": "*fp32", "out": "*fp32", "numbers": "i32", "hidden": "i32"}
-    yield Case("sum of experts", experts.sum_kernel, types, {"LINES": TOPK + 1, "BLOCK": 1024})
+    types = {"y": "*fp32", "before": "*fp32", "out": "*fp32", "numbers": "i32", "hidden": "i32"}
+    adding = {"ADDED": False, "LINES": TOPK + 1, "BLOCK": 1024}
+    yield Case("sum of experts", experts.sum_kernel, types, adding)
+    yield Case("sum of experts v3.2", experts.sum_kernel, types, adding | {"ADDED": True, "LINES": TOPK_V32 + 1})
 
 
 def other_cases() -> Iterator[Case]:
@@ -247,8 +277,6 @@ def row_cases(types: dict[str, str]) -> Iterator[Case]:
         yield Case(f"norm_rope_pack {layout.name}", rows.turn_kernel, packing, norm | shape | {"FINISH": 2})
         if spread:
             yield Case(f"rope_round {layout.name}", rows.turn_kernel, types, nothing | shape | {"FINISH": 1})
-            met = types | {"out": "*bf16"}
-            yield Case(f"rope_meet {layout.name}", rows.turn_kernel, met, nothing | shape | {"FINISH": 3})
         constants = {name: shape[name] for name in (*names[:3], *names[4:8], "WIDTH", "BW", "BR")}
         yield Case(f"unpack_rows {layout.name}", rows.unpack_kernel, types, constants)
     turn = {"PAIRS": 32, "BP": 32, "BR": 16, "INVERSE": False, "INTERLEAVED": True}
@@ -315,14 +343,23 @@ def session_cases() -> Iterator[Case]:
         ("keys", index_key_fp4(128), 4, True, True),
     ):
         yield Case(f"compress a token each, {name}", sessions._compress, types,
-                   {"RATIO": ratio, "OVERLAP": overlap, **sessions._sizes(layout, spread, 32)})  # fmt: skip
+                   {"RATIO": ratio, "OVERLAP": overlap, **sessions.sizes(layout, spread, 32)})  # fmt: skip
     types |= {f"key_{name}": types[name] for name in ("values", "gates", "ape", "states", "norm")}
     types |= {"row": "*fp32", "row_norm": "*fp32", "rings": "*i64", "keys": "*i64"}
-    rows_sizes = sessions._sizes(kv_row_v4(512, 64), False, 32)
-    keys_sizes = {f"KEY_{name}": size for name, size in sessions._sizes(index_key_fp4(128), True, 32).items()}
+    types |= dict.fromkeys(("q", "queries", "q_index"), "*fp32") | {"met": "*bf16"}
+    rows_sizes = sessions.sizes(kv_row_v4(512, 64), False, 32)
+    keys_sizes = {f"KEY_{name}": size for name, size in sessions.sizes(index_key_fp4(128), True, 32).items()}
     for name, groups, ratio in (("csa", 2, 4), ("hca", 1, 128), ("window", 0, 1)):
-        constants = {"RING": 128, "GROUPS": groups, "RATIO": ratio, "OVERLAP": groups == 2, **rows_sizes, **keys_sizes}
-        yield Case(f"enter a token each, {name}", sessions._enter, types, constants)
+        constants = {"RING": 128, "GROUPS": groups, "RATIO": ratio, "OVERLAP": groups == 2, "HEADS": 64,
+                     "BH": sessions._HEADS, "INDEX_HEADS": 64 if groups == 2 else 0, "BI": sessions._INDEX_HEADS,
+                     **rows_sizes, **keys_sizes}  # fmt: skip
+        given = types | ({} if groups == 2 else {"met": "*fp32"})
+        yield Case(f"enter a token each, {name}", sessions._enter, given, constants)
+    types |= dict.fromkeys(("key", "key_norm", "key_bias"), "*fp32")
+    constants = {"HEADS": 128, "QUERY": 192, "LATENT": 512, "INDEX_HEADS": 64, "BI": latent._INDEX_HEADS,
+                 "BH": latent._HEADS, **sessions.sizes(kv_row_v32(512, 64), False, 32)}  # fmt: skip
+    keys_sizes = {f"KEY_{name}": size for name, size in sessions.sizes(index_key_fp8(128), True, 32).items()}
+    yield Case("enter a token each, v3.2", latent._enter_latent, types, constants | keys_sizes)
 
 
 def sizes(t: linear.Tiles) -> dict[str, int]:

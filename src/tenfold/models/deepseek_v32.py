@@ -5,13 +5,15 @@ Attribute names are the checkpoint's tensor names. Knows nothing of sessions bey
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import F32
 from tenfold.models.blocks import Binder, attend, fused, select, through_layers
-from tenfold.ops import Rows, Stack, Weight
+from tenfold.ops import FusedOps, Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
 
 __all__ = ["DeepseekV32"]
@@ -50,6 +52,11 @@ class Block:
         self.mlp = kind(config, bind, prefix + "mlp.")
 
     def forward(self, h: Tensor, step: Step) -> Tensor:
+        one = fused(self.ops, step)
+        if one is not None:
+            h = self.self_attn.forward_fused(one, h, self.input_layernorm, step)
+            step.breathe()
+            return self.mlp.forward_fused(one, h, self.post_attention_layernorm)
         h = h + self.self_attn.forward(self.ops.rms_norm(h, self.input_layernorm, self.eps), step)
         step.breathe()
         return h + self.mlp.forward(self.ops.rms_norm(h, self.post_attention_layernorm, self.eps))
@@ -87,7 +94,9 @@ class Attention:
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [n, hidden], normed -> [n, hidden]; new rows enter the streams of each span."""
         ops = self.ops
-        q, q_index, row, key, weights = self._projected(x, step)
+        q_latent, row, key, weights = (ops.linear(x, weight) for weight in self.inputs.weights)
+        q_latent = ops.rms_norm(q_latent, self.q_a_layernorm, _INNER_NORM_EPS)
+        q, q_index = (ops.linear(q_latent, weight) for weight in self.queries.weights)
         q = self._queries(q, step)
         rows = self._rows(row, step)
         chosen = self.indexer.select(q_index, key, weights, step)
@@ -95,15 +104,25 @@ class Attention:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return ops.linear(ops.grouped_linear(out, self.v_up), self.o_proj)
 
-    def _projected(self, x: Tensor, step: Step) -> tuple[Tensor, ...]:
-        """Queries of attention and of the indexer, the latent row, the index key and the weights of index heads."""
-        ops, one = self.ops, fused(self.ops, step)
-        if one is not None:
-            q_latent, *others = one.linear_each(x, self.inputs)
-            return (*one.norm_linear_each(q_latent, self.q_a_layernorm, _INNER_NORM_EPS, self.queries), *others)
-        q_latent, *others = (ops.linear(x, weight) for weight in self.inputs.weights)
-        q_latent = ops.rms_norm(q_latent, self.q_a_layernorm, _INNER_NORM_EPS)
-        return (*(ops.linear(q_latent, weight) for weight in self.queries.weights), *others)
+    def forward_fused(self, one: FusedOps, h: Tensor, norm: Weight, step: Step) -> Tensor:
+        """h and what attention makes of it, normed, of a batch: all that streams take enters at once."""
+        c, (batch,) = self.config, step.spans
+        assert isinstance(batch, BatchSpan)
+        q_latent, row, key, weights = one.norm_linear_each(h, norm, c.rms_norm_eps, self.inputs)
+        q, q_index = one.norm_linear_each(q_latent, self.q_a_layernorm, _INNER_NORM_EPS, self.queries)
+        q = q.view(-1, c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim)
+        rows, index = batch.streams.rows(self.layer.index), self.indexer
+        keys = batch.streams.rows(self.layer.index, "index_keys")
+        queries, q_index = one.enter_latent(
+            q, q_index.view(-1, c.index_n_heads, c.index_head_dim), row, key, self.kv_a_layernorm,
+            index.k_norm_weight, index.k_norm_bias, _INNER_NORM_EPS, step.positions, self.frequencies,
+            rows.packed, rows.layout, keys.packed, keys.layout, index.spread,
+        )  # fmt: skip
+        one.grouped_linear_into(q, self.k_up, queries)
+        chosen = index.select_fused(one, q_index, weights, batch)
+        source = Rows(rows.packed, rows.layout, index=chosen, most=rows.most)
+        out = attend(one, step, batch, queries, [source], None, c.softmax_scale, c.kv_lora_rank)
+        return one.linear_onto(h, one.grouped_linear(out, self.v_up), self.o_proj)
 
     def _queries(self, q: Tensor, step: Step) -> Tensor:
         """[n, heads, kv_lora_rank + rope]: the nope part carried into the latent space, the rope part rotated."""
@@ -139,6 +158,7 @@ class Indexer:
         self.frequencies = bind.frequencies(layer.rope)
         # Unquantised, the Hadamard transform cancels between query and key.
         self.spread = not bind.exact
+        self.factor = float((config.index_head_dim * config.index_n_heads) ** -0.5)
 
     def select(self, q: Tensor, key: Tensor, weights: Tensor, step: Step) -> list[Tensor]:
         """Of what `wq_b`, `wk` and `weights_proj` make of the tokens: new keys enter the streams.
@@ -151,8 +171,15 @@ class Indexer:
             q = ops.unpack_rows(ops.pack_rows(q, self.layout), self.layout)
         key = ops.layer_norm(key, self.k_norm_weight, self.k_norm_bias, _INNER_NORM_EPS)
         keys = ops.pack_rows(self._rotated(key, step), self.layout)
-        weights = weights * (c.index_head_dim * c.index_n_heads) ** -0.5
+        weights = weights * self.factor
         return [self._select(q[span.rows], weights[span.rows], keys[span.rows], span, step) for span in step.spans]
+
+    def select_fused(self, one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan) -> Tensor:
+        """The same for a batch, whose keys are in the streams, of queries as `enter_latent` makes them."""
+        keys = batch.streams.rows(self.layer.index, "index_keys")
+        _, visible = batch.entries(1)
+        topk = self.config.index_topk
+        return one.select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most, factor=self.factor)
 
     def _rotated(self, x: Tensor, step: Step) -> Tensor:
         """The rope channels come FIRST here and pair (i, i + rope/2), unlike everywhere else (trap 10)."""
@@ -172,13 +199,18 @@ class DenseFFN:
     """The feed-forward network of the first layers."""
 
     def __init__(self, config: DeepseekV32Config, bind: Binder, prefix: str) -> None:
-        self.ops = bind.ops
+        self.config, self.ops = config, bind.ops
         self.gate_proj, self.down_proj, self.up_proj = (
             bind(f"{prefix}{name}.weight") for name in ("gate_proj", "down_proj", "up_proj")
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.feed_forward(x, self.gate_proj, self.down_proj, self.up_proj, None)
+
+    def forward_fused(self, one: FusedOps, h: Tensor, norm: Weight) -> Tensor:
+        """h and what comes of it, normed, of a batch."""
+        weights = self.gate_proj, self.down_proj, self.up_proj
+        return one.feed_forward_onto(h, norm, self.config.rms_norm_eps, *weights, None)
 
 
 class MoE:
@@ -193,15 +225,27 @@ class MoE:
         self.shared_experts = bind.shared_expert(prefix + "shared_experts.", names)
 
     def forward(self, x: Tensor) -> Tensor:
-        c, ops = self.config, self.ops
-        ids, weights = ops.route(
-            x,
-            self.gate,
-            scoring="sigmoid",
-            topk=c.num_experts_per_tok,
-            scaling=c.routed_scaling_factor,
-            bias=self.e_score_correction_bias,
-            groups=c.n_group,
-            topk_group=c.topk_group,
-        )
-        return ops.experts(x, ids, weights, self.experts, limit=None, weigh_first=False, shared=self.shared_experts)
+        ids, weights = self.ops.route(x, self.gate, **self._choice)
+        return self.ops.experts(x, ids, weights, self.experts, **self._sum)
+
+    def forward_fused(self, one: FusedOps, h: Tensor, norm: Weight) -> Tensor:
+        """h and what comes of it, normed, of a batch."""
+        eps = self.config.rms_norm_eps
+        ids, weights = one.route(h, self.gate, norm=norm, eps=eps, **self._choice)
+        return one.experts_onto(h, norm, eps, ids, weights, self.experts, **self._sum)
+
+    @property
+    def _choice(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "scoring": "sigmoid",
+            "topk": c.num_experts_per_tok,
+            "scaling": c.routed_scaling_factor,
+            "bias": self.e_score_correction_bias,
+            "groups": c.n_group,
+            "topk_group": c.topk_group,
+        }
+
+    @property
+    def _sum(self) -> dict[str, Any]:
+        return {"limit": None, "weigh_first": False, "shared": self.shared_experts}

@@ -188,19 +188,17 @@ class Attention:
         assert isinstance(batch, BatchSpan)
         q, *q_index = one.norm_linear_each(q_latent, self.q_norm, c.rms_norm_eps, self.queries)
         q = q.view(-1, c.num_attention_heads, c.head_dim)
-        q = one.norm_rope(q, None, c.rms_norm_eps, step.positions, self.frequencies)
+        met = q_index[0].view(-1, c.index_n_heads, c.index_head_dim) if self.indexer is not None else None
         compressors = [] if self.compressor is None else [self.compressor]
         compressors += [] if self.indexer is None else [self.indexer.compressor]
         pairs = zip(compressors, zip(compressed[::2], compressed[1::2], strict=False), strict=False)
         groups = [compressor.group(values, gates, batch) for compressor, (values, gates) in pairs]
         ring, overlap = batch.streams.window(self.layer.index), self.layer.attention == "csa"
-        one.enter(
+        q, met = one.enter(
             row, self.kv_norm, c.rms_norm_eps, step.positions, self.frequencies, ring.packed, ring.most, ring.layout,
-            groups, self.layer.ratio, overlap,
+            groups, self.layer.ratio, overlap, q, met,
         )  # fmt: skip
-        chosen = None
-        if self.indexer is not None:
-            chosen = self.indexer.select_fused(one, q_index[0], compressed[-1], batch)
+        chosen = None if self.indexer is None else self.indexer.select_fused(one, met, compressed[-1], batch)
         return self._out(self._attend(q, None, batch, chosen, step))
 
     def _out(self, attended: Tensor) -> Tensor:
@@ -307,15 +305,10 @@ class Indexer:
         return select(self.ops, step, q, weights, keys, visible, self.config.index_topk)
 
     def select_fused(self, one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan) -> Tensor:
-        """The same for a batch, whose keys are in the streams, of queries as `wq_b` makes them."""
-        c, keys = self.config, batch.streams.rows(self.layer.index, "index_keys")
-        q = q.view(-1, c.index_n_heads, c.index_head_dim)
-        frequencies, spread = self.compressor.frequencies, self.compressor.spread
-        q = one.rope_meet(q, batch.position, frequencies, self.compressor.layout, spread)
+        """The same for a batch, whose keys are in the streams, of queries as `enter` makes them."""
+        keys, topk = batch.streams.rows(self.layer.index, "index_keys"), self.config.index_topk
         _, visible = batch.entries(self.layer.ratio)
-        return one.select_rows(
-            q, weights, keys.packed, keys.layout, visible, c.index_topk, most=keys.most, factor=self.factor
-        )
+        return one.select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most, factor=self.factor)
 
 
 class MoE:

@@ -346,6 +346,12 @@ class FusedOps(BatchOps, Protocol):
     def norm_linear_each(self, x: Tensor, norm: Weight, eps: float, stack: Stack) -> tuple[Tensor, ...]:
         """`linear_each` of x normed as by `rms_norm`."""
 
+    def linear_onto(self, before: Tensor, x: Tensor, weight: Weight) -> Tensor:
+        """`before` [n, out], and `linear` of x."""
+
+    def grouped_linear_into(self, x: Tensor, weight: Weight, out: Tensor) -> None:
+        """`grouped_linear` of the first channels of each group of x, to the first of out [n, groups, out or more]."""
+
     def hc_merge_mix(
         self,
         streams: Tensor,
@@ -379,8 +385,42 @@ class FusedOps(BatchOps, Protocol):
     ) -> Tensor:
         """As `experts`, not yet added up: [n, parts, d]."""
 
-    def rope_meet(self, x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
-        """As `rope_round`, in the form that `select_rows` takes quickest."""
+    def experts_onto(
+        self,
+        x: Tensor,
+        norm: Weight,
+        eps: float,
+        ids: Tensor,
+        weights: Tensor,
+        bank: Experts,
+        *,
+        limit: float | None,
+        weigh_first: bool,
+        shared: Experts | None = None,
+    ) -> Tensor:
+        """x, and `experts` of x normed as by `rms_norm`."""
+
+    def feed_forward_onto(
+        self, x: Tensor, norm: Weight, eps: float, w1: Weight, w2: Weight, w3: Weight, limit: float | None
+    ) -> Tensor:
+        """x, and `feed_forward` of x normed as by `rms_norm`."""
+
+    def route(
+        self,
+        x: Tensor,
+        gate: Weight,
+        *,
+        scoring: Literal["sqrtsoftplus", "sigmoid"],
+        topk: int,
+        scaling: float,
+        bias: Weight | None = None,
+        chosen: Tensor | None = None,
+        groups: int = 1,
+        topk_group: int = 1,
+        norm: Weight | None = None,
+        eps: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """As in `Ops`; with `norm` of x normed as by `rms_norm`."""
 
     def select_rows(
         self,
@@ -408,9 +448,42 @@ class FusedOps(BatchOps, Protocol):
         groups: Sequence[Group],
         ratio: int,
         overlap: bool,
-    ) -> None:
+        q: Tensor,
+        q_index: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Rows [n, width] enter the rings as by `norm_rope_pack` and `store_rows`, and groups grow as by
-        `compress_step`: at most one of rows like those of the ring, then one of others."""
+        `compress_step`: at most one of rows like those of the ring, then one of others, index keys.
+
+        q [n, heads, width] comes back as by `norm_rope` without a weight; q_index [n, index heads, key width], where
+        there are keys, as by `rope_round` in the form that `select_rows` takes quickest.
+        """
+
+    def enter_latent(
+        self,
+        q: Tensor,
+        q_index: Tensor,
+        row: Tensor,
+        key: Tensor,
+        norm: Weight,
+        key_norm: Weight,
+        key_bias: Weight,
+        eps: float,
+        positions: Tensor,
+        frequencies: Tensor,
+        rows: Tensor,
+        layout: RowLayout,
+        keys: Tensor,
+        key_layout: RowLayout,
+        spread: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """A token of each session into its latent rows and index keys, and its queries as these want them (spec 5).
+
+        row [n, latent + rope] is normed but for its last channels, which are rotated; key [n, dim] is normed as by
+        `layer_norm`, its first channels are rotated, i with i + rope / 2, and where it is spread `hadamard` follows.
+        q [n, heads, nope + rope] -> [n, heads, latent + rope], of which only the last are filled, rotated;
+        q_index [n, index heads, dim] -> rotated, spread and rounded as keys are, in the form that `select_rows` takes
+        quickest.
+        """
 
 
 Tick = Callable[[float], None]

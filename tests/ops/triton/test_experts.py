@@ -12,7 +12,7 @@ from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4, WeightFo
 from tenfold.ops import Experts, Weight, reference
 from tenfold.ops.triton import experts
 
-grouped = on_card(experts, "experts", "feed_forward", "_plan")
+grouped = on_card(experts, "experts", "experts_onto", "feed_forward", "feed_forward_onto", "_plan")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -109,6 +109,26 @@ def test_one_expert_alone_and_no_rows() -> None:
     assert grouped.feed_forward(x[:0], bank.w1[1], bank.w2[1], bank.w3[1], None, parts=3).shape == (0, 64)
     ids, factors = choice(0, 2, 1)
     assert grouped.experts(x[:0], ids, factors, bank, limit=None, weigh_first=True, parts=1).shape == (0, 64)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 17])
+def test_of_normed_rows_onto_what_was_there(n: int) -> None:
+    """As the norm, the experts and the sum one after the other."""
+    bank, shared, x = bank_of(FP8_BLOCK_F32, 5, 160, 96), bank_of(BF16, 1, 160, 128, seed=90), 5 * rows(n, 160)
+    norm = Weight("norm", (160,), F32, rows(1, 160)[0] + 1)
+    normed, (ids, factors) = reference.rms_norm(x, norm, 1e-6), choice(n, 5, 3)
+    words = {"limit": None, "weigh_first": False, "shared": shared, "parts": 3}
+    found = grouped.experts_onto(x, norm, 1e-6, ids, factors, bank, **words)
+    alone = grouped.feed_forward_onto(x, norm, 1e-6, bank.w1[0], bank.w2[0], bank.w3[0], None, parts=3)
+    assert found.shape == alone.shape == x.shape
+    if n:
+        expected = routed_law(normed, ids, factors, bank, shared, None, False)
+        assert relative(found - x, expected) < 2e-6
+        ones = torch.ones(n, dtype=torch.float64)
+        triple = bank.w1[0], bank.w2[0], bank.w3[0]
+        assert relative(alone - x, law(normed, *triple, None, ones, False)) < 2e-6
+        near = grouped.experts_onto(x, norm, 1e-6, ids, factors, bank, **(words | {"parts": 1}))
+        assert relative(near - x, expected) < 2e-2
 
 
 def test_banks_of_unlike_experts_are_refused() -> None:

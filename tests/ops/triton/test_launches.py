@@ -28,7 +28,7 @@ from tenfold.synth import synth
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter's launches are counted")
 
-MOST = {"swa": 16, "csa": 19, "hca": 16, "dsa": 40}
+MOST = {"swa": 15, "csa": 17, "hca": 15, "dsa": 15}
 """By the kind of attention, for one session. One comes on top where experts are looked up by token, one, the order of
 tokens by expert, of several sessions, and four of the choice among over 8,192 keys."""
 NO_WORK = ("alias", "detach", "empty", "empty_like", "empty_strided", "new_empty")
@@ -104,7 +104,11 @@ def test_launches_of_a_layer(
     with launches:
         engine.decoder.run([Place(session.streams, 5, session.length) for session in sessions])
     for spec in config.layers:
-        found, most = launches.layers[spec.index], MOST[spec.attention] + (spec.router == "hash") + (places > 1)
+        found = launches.layers[spec.index]
+        if spec.router == "dense":  # nothing to choose from
+            most = MOST[spec.attention] - 2
+        else:
+            most = MOST[spec.attention] + (spec.router == "hash") + (places > 1)
         assert len(found) <= most, f"{spec.attention}: {len(found)} launches, {' '.join(found)}"
 
 

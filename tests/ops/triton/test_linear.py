@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.ops.test_cpu_linear import FORMATS, columns_of, rows, weight
-from tests.ops.triton.card import on_card
+from tests.ops.triton.card import DEVICE, on_card, to_card
 from torch import Tensor
 
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, WeightFormat
 from tenfold.ops import Stack, Weight, reference
 from tenfold.ops.triton import linear
 
-product = on_card(linear, "linear", "linear_each", "norm_linear_each", "grouped_linear")
+product = on_card(linear, "linear", "linear_each", "linear_onto", "norm_linear", "norm_linear_each", "grouped_linear")
 pytestmark = pytest.mark.usefixtures("poisoned")
 format_cases = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 part_cases = pytest.mark.parametrize("parts", [1, 3])
@@ -69,6 +69,23 @@ def test_a_norm_before_a_stack(n: int) -> None:
         assert_product(y, reference.rms_norm(x, norm, 1e-6), w, 3)
 
 
+@pytest.mark.parametrize("n", [0, 1, 3, 17])
+@part_cases
+def test_a_norm_before_and_a_sum_after(n: int, parts: int) -> None:
+    x, before = 3 * rows(n, 160), rows(n, 33, seed=5)
+    norm = Weight("norm", (160,), F32, rows(1, 160)[0] + 1)
+    normed = reference.rms_norm(x, norm, 1e-6)
+    for form in (BF16, F32, FP8_BLOCK_F32):
+        w = weight(form, 33, 160)
+        found = product.norm_linear(x, norm, 1e-6, w, parts=parts)
+        if parts == 3:
+            assert_product(found, normed, w, 3)
+        elif n:  # what is rounded to bf16 is not yet multiplied with the row's level
+            expected = reference.linear(normed, w)
+            assert (found - expected).norm() <= 5e-3 * expected.norm()
+        assert_product(product.linear_onto(before, x, w, parts=parts) - before, x, w, parts)
+
+
 @format_cases
 def test_groups_use_their_own_rows(form: WeightFormat) -> None:
     w, x = weight(form, 3 * 130, 160), rows(7, 3, 160)
@@ -76,6 +93,18 @@ def test_groups_use_their_own_rows(form: WeightFormat) -> None:
     dense = reference.dequantize(w).double().view(3, 130, 160)
     expected = torch.einsum("ngk,gok->ngo", x.double(), dense).flatten(1)
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_groups_of_wider_rows_fill_the_first_channels_of_others() -> None:
+    w, x = weight(BF16, 3 * 35, 48), rows(5, 3, 60)
+    out = torch.full((5, 3, 41), 7.0, device=DEVICE)
+    linear.grouped_linear_into(to_card(x), to_card(w), out, parts=3)
+    expected = reference.grouped_linear(x[..., :48], w).view(5, 3, 35)
+    torch.testing.assert_close(out[..., :35].cpu(), expected, rtol=1e-5, atol=1e-4)
+    assert bool((out[..., 35:] == 7).all())
+    for given, wrong in ((x[..., :40], out), (x, out[..., :30]), (x[:, :2], out), (x, out.transpose(0, 1))):
+        with pytest.raises(ValueError, match="out"):
+            linear.grouped_linear_into(to_card(given), to_card(w), wrong, parts=3)
 
 
 def test_what_no_kernel_reads_is_refused() -> None:

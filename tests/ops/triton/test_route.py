@@ -45,6 +45,16 @@ def test_the_best_experts(scoring, count: int, groups: int, topk: int, biased: b
     assert_near(found[1], expected[1])
 
 
+@pytest.mark.parametrize("n", [0, 3, 17])
+def test_the_best_experts_of_a_normed_row(n: int) -> None:
+    x, gate, norm = 5 * randn(n, 96), f32(randn(24, 96, seed=1)), f32(randn(96, seed=2))
+    words: dict[str, Any] = {"scoring": "sigmoid", "topk": 5, "scaling": 2.5, "groups": 4, "topk_group": 2}
+    found = router.route(x, gate, norm=norm, eps=1e-6, **words)
+    expected = reference.route(reference.rms_norm(x, norm, 1e-6), gate, **words)
+    assert torch.equal(found[0], expected[0])
+    assert_near(found[1], expected[1], 5e-6)
+
+
 def test_of_equal_experts_the_smaller_wins() -> None:
     gate, x = f32(torch.zeros(24, 8)), randn(3, 8)
     for groups in (1, 4):

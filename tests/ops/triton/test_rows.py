@@ -15,8 +15,7 @@ from tenfold.ops import reference
 from tenfold.ops.triton import rows as kernels
 
 turned = on_card(
-    kernels, "hadamard", "layer_norm", "norm_rope", "norm_rope_pack", "pack_rows", "rms_norm", "rope", "rope_meet",
-    "rope_round",
+    kernels, "hadamard", "layer_norm", "norm_rope", "norm_rope_pack", "pack_rows", "rms_norm", "rope", "rope_round",
     "unpack_rows",
 )  # fmt: skip
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -85,9 +84,6 @@ def test_rows_normed_rotated_and_packed(layout: RowLayout, spread: bool) -> None
     found, expected = turned.rope_round(x, *turn), reference.rope_round(x, *turn)
     assert ((found - expected).abs() <= 2e-6 * expected.abs().max()).float().mean() > 0.999
     assert_near(found, expected, 0.26)
-    even_first = found.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    met = even_first if spread and layout.code_bits == 4 else found
-    assert torch.equal(turned.rope_meet(x, *turn).float(), met)
     exact = exact_layout(layout)
     x = turned.norm_rope_pack(x, weight, EPS, positions(n), FREQUENCIES, exact, spread)
     assert x.shape == (n, exact.row_bytes)

@@ -26,6 +26,7 @@ def test_groups_are_compressed_as_by_the_reference(layout: RowLayout, ratio: int
     sessions_cases.groups_are_compressed_as_by_the_reference(sessions, DEVICE, layout, ratio, overlap, spread)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("kinds", [0, 1, 2], ids=["window", "rows", "rows and keys"])
 def test_all_of_a_layer_enters_at_once(kinds: int, exact: bool) -> None:
@@ -63,7 +64,18 @@ def test_all_of_a_layer_enters_at_once(kinds: int, exact: bool) -> None:
     rings, states, grown = memory()
     addresses = torch.tensor([ring.copies.data_ptr() for ring in rings]).to(DEVICE)
     words = groups(states, grown), ratio, overlap
-    sessions.enter(row, norm, 1e-6, positions, turns, addresses, 8, layouts[0], *words)
+    q, q_index = sessions_cases.random(n, 5, 24, seed=7), sessions_cases.random(n, 17, 32, seed=8)
+    asked = q.to(DEVICE), q_index.to(DEVICE) if kinds == 2 else None
+    queries, met = sessions.enter(row, norm, 1e-6, positions, turns, addresses, 8, layouts[0], *words, *asked)
+    torch.testing.assert_close(
+        queries.cpu(), reference.norm_rope(q, None, 1e-6, positions.cpu(), turns.cpu()), rtol=1e-5, atol=1e-5
+    )
+    if kinds == 2:
+        wanted = reference.rope_round(q_index, positions.cpu(), turns.cpu(), layouts[1], not exact)
+        if not exact:  # the even channels come first; a number next to a tie may be rounded to the other side
+            wanted = wanted.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            assert (met.float().cpu() != wanted).float().mean() < 0.01
+        torch.testing.assert_close(met.float().cpu(), wanted, rtol=1e-5 if exact else 0.5, atol=1e-5)
     other_rings, other_states, other_grown = memory()
     for group in groups(other_states, other_grown):
         sessions.compress_step(
@@ -80,3 +92,5 @@ def test_all_of_a_layer_enters_at_once(kinds: int, exact: bool) -> None:
     for some, others in zip(states, other_states, strict=True):
         assert all(torch.equal(one.data, other.data) for one, other in zip(some, others, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(grown, other_grown, strict=True))
+    with pytest.raises(ValueError, match="q: expected 3 of 24"):
+        sessions.enter(row, norm, 1e-6, positions, turns, addresses, 8, layouts[0], *words, asked[0][:2], asked[1])

@@ -24,7 +24,19 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, ModelConfig
 from tenfold.ops import Experts, Weight, reference
-from tenfold.ops.triton import accelerators, attention, compress, experts, hyper, index, linear, route, rows, sessions
+from tenfold.ops.triton import (
+    accelerators,
+    attention,
+    compress,
+    experts,
+    hyper,
+    index,
+    latent,
+    linear,
+    route,
+    rows,
+    sessions,
+)
 from tenfold.ops.triton.far import FarExperts
 from tenfold.ops.triton.lowp import INTERPRET
 
@@ -53,8 +65,8 @@ class Triton:
     store_rows = staticmethod(sessions.store_rows)
     compress_step = staticmethod(sessions.compress_step)
     hc_merge_mix = staticmethod(hyper.hc_merge_mix)
-    rope_meet = staticmethod(rows.rope_meet)
     enter = staticmethod(sessions.enter)
+    enter_latent = staticmethod(latent.enter_latent)
 
     def __init__(self, *, exact: bool) -> None:
         self.device = torch.device("cpu" if INTERPRET.value else "cuda")
@@ -62,12 +74,15 @@ class Triton:
         self.linear = partial(linear.linear, parts=parts)
         self.linear_each = partial(linear.linear_each, parts=parts)
         self.norm_linear_each = partial(linear.norm_linear_each, parts=parts)
+        self.linear_onto = partial(linear.linear_onto, parts=parts)
         self.grouped_linear = partial(linear.grouped_linear, parts=parts)
+        self.grouped_linear_into = partial(linear.grouped_linear_into, parts=parts)
         self.parts = parts
         self.sparse_attention: Callable[..., Tensor] = attention.sparse_attention
         self.verdict: accelerators.Verdict | None = None
         self.far: FarExperts | None = None
         self.feed_forward = partial(experts.feed_forward, parts=parts)
+        self.feed_forward_onto = partial(experts.feed_forward_onto, parts=parts)
 
     def accelerate(self, config: ModelConfig) -> None:
         """Lets kernels of others take the place of ours, where they win on this card (`accelerators.py`)."""
@@ -82,12 +97,21 @@ class Triton:
         return _moved(weight, self.device)
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, **words: Any) -> Tensor:
-        if self.far is not None:
-            self.far.seen(bank, experts.bank_table(bank, self.device), ids)
+        self._seen(bank, ids)
         return experts.experts(x, ids, weights, bank, parts=self.parts, **words)
 
     def experts_apart(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, **words: Any) -> Tensor:
         return self.experts(x, ids, weights, bank, summed=False, **words)
+
+    def experts_onto(
+        self, x: Tensor, norm: Weight, eps: float, ids: Tensor, weights: Tensor, bank: Experts, **words: Any
+    ) -> Tensor:
+        self._seen(bank, ids)
+        return experts.experts_onto(x, norm, eps, ids, weights, bank, parts=self.parts, **words)
+
+    def _seen(self, bank: Experts, ids: Tensor) -> None:
+        if self.far is not None:
+            self.far.seen(bank, experts.bank_table(bank, self.device), ids)
 
     def keep_experts_far(self, hot: int) -> FarExperts:
         """Routed experts are read where `keep` of what comes back puts them, copies of `hot` of each layer apart."""

@@ -21,6 +21,7 @@ from tenfold.ops.triton.linear import (
     AS_BF16,
     AS_F32,
     AS_FP8_F32,
+    FEW_ROWS,
     Matrix,
     Tiles,
     accumulate,
@@ -30,8 +31,9 @@ from tenfold.ops.triton.linear import (
     tiles,
 )
 from tenfold.ops.triton.lowp import INTERPRET, to_bf16
+from tenfold.ops.triton.rows import rms_norm, vector
 
-__all__ = ["bank_table", "experts", "feed_forward"]
+__all__ = ["bank_table", "experts", "experts_onto", "feed_forward", "feed_forward_onto"]
 
 NO_FORMAT = tl.constexpr(-1)
 _CHUNK = 256
@@ -111,6 +113,7 @@ def _product(
     x, x_ok, table, expert, place: tl.constexpr, row, row_ok,
     K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    norm=None, eps=None,
 ):  # fmt: skip
     """`accumulate` with one of an expert's three matrices; `place` is twice its number."""
     at = expert * 6 + place
@@ -126,20 +129,23 @@ def _product(
     else:
         codes = address(table, at, tl.uint8)
         scale = address(table, at + 1, tl.uint8)
-    return accumulate(x, x_ok, codes, scale, row, row_ok, K, FORMAT, PARTS, BM, BN, BK)
+    return accumulate(x, x_ok, codes, scale, row, row_ok, K, FORMAT, PARTS, BM, BN, BK, norm, eps)
 
 
 @triton.jit
 def _gated_tile(
-    x, token, ok, weight, table, expert, out, out_row, inner, limit,
-    K: tl.constexpr, FORMAT: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
+    x, norm, eps, token, ok, weight, table, expert, out, out_row, inner, limit,
+    NORMED: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """weight * silu(gate) * up of some rows and columns, to out [rows, inner]."""
     column = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)
     xs = x + token * K
-    gate = _product(xs, ok, table, expert, 0, column, column < inner, K, FORMAT, PARTS, BM, BN, BK)
-    up = _product(xs, ok, table, expert, 4, column, column < inner, K, FORMAT, PARTS, BM, BN, BK)
+    factors, small = None, None
+    if NORMED:
+        factors, small = norm, eps
+    gate = _product(xs, ok, table, expert, 0, column, column < inner, K, FORMAT, PARTS, BM, BN, BK, factors, small)
+    up = _product(xs, ok, table, expert, 4, column, column < inner, K, FORMAT, PARTS, BM, BN, BK, factors, small)
     if LIMITED:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -166,13 +172,17 @@ def _pairs_of(ids, order, blocks, block, EXPERTS: tl.constexpr, DIRECT: tl.const
 
 @triton.jit(do_not_specialize=["n", "num_blocks", "inner", "shared_inner"])
 def gate_up_kernel(
-    x, weights, table, ids, order, blocks, out, shared_table, shared_out, n, num_blocks, inner, shared_inner, limit,
-    TOPK: tl.constexpr, EXPERTS: tl.constexpr, DIRECT: tl.constexpr,
+    x, norm, eps, weights, table, ids, order, blocks, out, shared_table, shared_out, n, num_blocks, inner,
+    shared_inner, limit,
+    TOPK: tl.constexpr, EXPERTS: tl.constexpr, DIRECT: tl.constexpr, NORMED: tl.constexpr,
     K: tl.constexpr, LIMITED: tl.constexpr, PARTS: tl.constexpr,
     FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [n * TOPK, inner] of the routed experts, shared_out [n, shared_inner] of the shared one, in later blocks."""
+    """out [n * TOPK, inner] of the routed experts, shared_out [n, shared_inner] of the shared one, in later blocks.
+
+    NORMED: of x normed as by `rms_norm`.
+    """
     block = tl.program_id(0)
     m = tl.arange(0, BM)
     if FORMAT != NO_FORMAT:
@@ -181,16 +191,16 @@ def gate_up_kernel(
             if expert >= 0:
                 weight = tl.load(weights + pair, mask=ok, other=0.0)
                 _gated_tile(
-                    x, (pair // TOPK).to(tl.int64), ok, weight, table, expert, out, pair.to(tl.int64), inner, limit,
-                    K, FORMAT, LIMITED, PARTS, BM, BN, BK,
+                    x, norm, eps, (pair // TOPK).to(tl.int64), ok, weight, table, expert, out, pair.to(tl.int64),
+                    inner, limit, NORMED, K, FORMAT, LIMITED, PARTS, BM, BN, BK,
                 )  # fmt: skip
     if SHARED_FORMAT != NO_FORMAT:
         if block >= num_blocks:
             token = ((block - num_blocks) * BM + m).to(tl.int64)
             one = tl.full([BM], 1.0, tl.float32)
             _gated_tile(
-                x, token, token < n, one, shared_table, 0, shared_out, token, shared_inner, limit,
-                K, SHARED_FORMAT, LIMITED, PARTS, BM, BN, BK,
+                x, norm, eps, token, token < n, one, shared_table, 0, shared_out, token, shared_inner, limit,
+                NORMED, K, SHARED_FORMAT, LIMITED, PARTS, BM, BN, BK,
             )  # fmt: skip
 
 
@@ -233,14 +243,16 @@ def down_kernel(
 
 
 @triton.jit(do_not_specialize=["numbers", "hidden"])
-def sum_kernel(y, out, numbers, hidden, LINES: tl.constexpr, BLOCK: tl.constexpr):
-    """out [n, hidden]: the sum over y [n, LINES, hidden]."""
+def sum_kernel(y, before, out, numbers, hidden, ADDED: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):
+    """out [n, hidden]: the sum over y [n, LINES, hidden], and with ADDED what stands in `before`."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < numbers
     first = i // hidden * LINES * hidden + i % hidden
     total = tl.load(y + first, mask=ok, other=0.0)
     for line in tl.static_range(1, LINES):
         total += tl.load(y + first + line * hidden, mask=ok, other=0.0)
+    if ADDED:
+        total += tl.load(before + i, mask=ok, other=0.0)
     tl.store(out + i, total, mask=ok)
 
 
@@ -276,29 +288,90 @@ def experts(
     summed: bool = True,
 ) -> Tensor:
     """Not `summed`: [n, experts of a token, hidden], the shared one last, to be added up."""
+    y = _of_each(x, ids, weights, bank, shared, limit, parts)
+    return _sum(y) if summed else y
+
+
+def experts_onto(
+    x: Tensor,
+    norm: Weight,
+    eps: float,
+    ids: Tensor,
+    weights: Tensor,
+    bank: Experts,
+    *,
+    limit: float | None,
+    weigh_first: bool,
+    shared: Experts | None = None,
+    parts: int,
+) -> Tensor:
+    """x, and `experts` of x normed as by `rms_norm`."""
+    return _sum(_of_each(x, ids, weights, bank, shared, limit, parts, norm, eps), x)
+
+
+def _of_each(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    bank: Experts,
+    shared: Experts | None,
+    limit: float | None,
+    parts: int,
+    norm: Weight | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     ready, beside = _bank(bank, x.device), None if shared is None else _bank(shared, x.device)
     if x.dim() != 2 or x.shape[1] != ready.hidden or (beside is not None and beside.hidden != ready.hidden):
         raise ValueError(f"x: expected rows of {ready.hidden}, also for the shared expert, got {tuple(x.shape)}")
     if ids.shape != weights.shape or ids.shape[:1] != x.shape[:1]:
         raise ValueError(f"ids, weights: expected [{x.shape[0]}, topk], got {tuple(ids.shape)}, {tuple(weights.shape)}")
-    y = _through(x, ids.contiguous(), weights.contiguous(), ready, beside, limit, parts)
-    return _sum(y) if summed else y
+    return _through(x, ids.contiguous(), weights.contiguous(), ready, beside, limit, parts, norm, eps)
 
 
 def feed_forward(x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None, *, parts: int) -> Tensor:
     """Every token through one expert: the shared part of `experts` alone."""
+    return _alone(x, w1, w2, w3, limit, parts)[:, 0]
+
+
+def feed_forward_onto(
+    x: Tensor, norm: Weight, eps: float, w1: Weight, w2: Weight, w3: Weight, limit: float | None, *, parts: int
+) -> Tensor:
+    """x, and `feed_forward` of x normed as by `rms_norm`."""
+    return _sum(_alone(x, w1, w2, w3, limit, parts, norm, eps), x)
+
+
+def _alone(
+    x: Tensor,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    limit: float | None,
+    parts: int,
+    norm: Weight | None = None,
+    eps: float = 0.0,
+) -> Tensor:
     bank = _block(w1, w2, w3, x.device)
     if x.dim() != 2 or x.shape[1] != bank.hidden:
         raise ValueError(f"x: expected rows of {bank.hidden}, got {tuple(x.shape)}")
     none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-    return _through(x, none, x, None, bank, limit, parts)[:, 0]
+    return _through(x, none, x, None, bank, limit, parts, norm, eps)
 
 
 def _through(
-    x: Tensor, ids: Tensor, weights: Tensor, bank: _Bank | None, shared: _Bank | None, limit: float | None, parts: int
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    bank: _Bank | None,
+    shared: _Bank | None,
+    limit: float | None,
+    parts: int,
+    norm: Weight | None,
+    eps: float,
 ) -> Tensor:
     """The launches: [n, experts of a token, hidden]. Where a bank is missing, the other stands for it: no block and no
-    format uses it."""
+    format uses it. With `norm` of x normed, for few rows in the same launches."""
+    if norm is not None and x.shape[0] > FEW_ROWS:
+        x, norm = rms_norm(x, norm, eps), None
     n, topk = ids.shape
     lines = topk + (shared is not None)
     out = torch.empty(n, lines, x.shape[1], device=x.device)
@@ -319,10 +392,12 @@ def _through(
     stored = torch.float32 if parts == 3 or plain else torch.bfloat16
     gated = torch.empty(n * topk, routed.inner, dtype=stored, device=x.device)
     shared_gated = torch.empty(num_shared, beside.inner, dtype=stored, device=x.device)
+    given = rounded(x, 3 if plain else parts)
+    factors = given if norm is None else vector(norm, (routed.hidden,))
     gate_up_kernel[grid_rows, triton.cdiv(max(routed.inner, beside.inner), t.n)](
-        rounded(x, 3 if plain else parts), weights, routed.table, ids, order, blocks, gated, beside.table, shared_gated,
+        given, factors, eps, weights, routed.table, ids, order, blocks, gated, beside.table, shared_gated,
         n, num_blocks, routed.inner, beside.inner, 0.0 if limit is None else limit,
-        *choices, routed.hidden, limit is not None, parts, *formats, *t.sizes, **t.options,
+        *choices, norm is not None, routed.hidden, limit is not None, parts, *formats, *t.sizes, **t.options,
     )  # fmt: skip
     down_kernel[grid_rows, triton.cdiv(routed.hidden, t.n)](
         gated, routed.table, ids, order, blocks, out, shared_gated, beside.table, n, num_blocks, routed.hidden,
@@ -331,12 +406,13 @@ def _through(
     return out
 
 
-def _sum(y: Tensor) -> Tensor:
+def _sum(y: Tensor, before: Tensor | None = None) -> Tensor:
     n, lines, hidden = y.shape
     out, numbers = torch.empty(n, hidden, device=y.device), n * hidden
     if numbers:
         block = triton.next_power_of_2(numbers) if INTERPRET.value else 1024
-        sum_kernel[(triton.cdiv(numbers, block),)](y, out, numbers, hidden, lines, block)
+        given = out if before is None else before.contiguous()
+        sum_kernel[(triton.cdiv(numbers, block),)](y, given, out, numbers, hidden, before is not None, lines, block)
     return out
 
 

@@ -117,7 +117,7 @@ def index_scores(
 
 def _as_met(q: Tensor, layout: RowLayout) -> Tensor:
     """The queries as kernels read them; for e2m1 the even channels, then the odd: nibbles meet them unshuffled."""
-    if layout.code_bits == 32 or q.dtype is torch.bfloat16:  # `rope_meet` made them so
+    if layout.code_bits == 32 or q.dtype is torch.bfloat16:  # `enter` made them so
         return q.contiguous()
     if layout.code_bits == 8:
         return q.to(torch.bfloat16).contiguous()

@@ -25,9 +25,12 @@ __all__ = [
     "accumulate",
     "address",
     "grouped_linear",
+    "grouped_linear_into",
     "linear",
     "linear_each",
+    "linear_onto",
     "matrix",
+    "norm_linear",
     "norm_linear_each",
     "rounded",
     "tiles",
@@ -39,7 +42,7 @@ AS_FP8 = tl.constexpr(2)  # e8m0 scales
 AS_FP8_F32 = tl.constexpr(3)  # float32 scales
 AS_MXFP4 = tl.constexpr(4)
 
-_FEW_ROWS = 16
+FEW_ROWS = 16
 """Up to so many rows the weights' bytes set the pace: narrow tiles, activations as they come."""
 
 
@@ -57,19 +60,22 @@ def accumulate(
     x, x_ok, codes, scale, row, row_ok,
     K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    levels=None, norm=None,
+    norm=None, eps=None,
 ):  # fmt: skip
     """Rows of activations [BM, K] times rows of a weight [BN, K], transposed -> f32 [BM, BN].
 
     x: a pointer to each row's first number. row: int64 places of the weight's rows. What is not ok counts as 0.
-    With `levels` [BM] and `norm` [K] activations are multiplied by both first.
+    With `norm` [K] of activations normed as by `rms_norm`: a row's level multiplies its products, so that one loop
+    over the row is enough.
     """
     acc = tl.zeros([BM, BN], tl.float32)
+    squares = tl.zeros([BM, BK], tl.float32)
     for first in range(0, K, BK):
         k = first + tl.arange(0, BK)
         some = tl.load(x[:, None] + k[None, :], mask=x_ok[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
         if norm is not None:
-            some = some * levels[:, None] * tl.load(norm + k, mask=k < K, other=0.0)[None, :]
+            squares += some * some
+            some = some * tl.load(norm + k, mask=k < K, other=0.0)[None, :]
         if FORMAT == AS_MXFP4:
             pair = first // 2 + tl.arange(0, BK // 2)
             read = row_ok[:, None] & (pair < K // 2)[None, :]
@@ -99,22 +105,35 @@ def accumulate(
                 else:
                     part = mm_split(some, tl.trans(e4m3(stored)), tl.zeros([BM, BN], tl.float32), PARTS)
                     acc += part * factor[None, :]
+    if norm is not None:
+        acc = acc * tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
     return acc
 
 
-@triton.jit(do_not_specialize=["n", "N"])
+@triton.jit(do_not_specialize=["n", "N", "wide"])
 def linear_kernel(
-    x, codes, scale, out, n, N,
-    GROUPS: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, norm, eps, before, codes, scale, out, n, N, wide,
+    NORMED: tl.constexpr, ADDED: tl.constexpr, GROUPS: tl.constexpr, ROW: tl.constexpr, K: tl.constexpr,
+    FORMAT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [n, GROUPS * N]: x [n, GROUPS, K] by group with N rows of the weight each."""
+    """The first N of `wide` columns of out [n, GROUPS, wide]: the first K of x [n, GROUPS, ROW] by group with N rows
+    of the weight each. NORMED: of x normed as by `rms_norm`. ADDED: and what stands in `before`, of out's shape."""
     group = tl.program_id(2)
     m = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (group * N + column).to(tl.int64)
-    acc = accumulate(x + (m * GROUPS + group) * K, m < n, codes, scale, row, column < N, K, FORMAT, PARTS, BM, BN, BK)
-    tl.store(out + (m * (GROUPS * N))[:, None] + row[None, :], acc, mask=(m < n)[:, None] & (column < N)[None, :])
+    weight, small = None, None
+    if NORMED:
+        weight, small = norm, eps
+    acc = accumulate(
+        x + (m * GROUPS + group) * ROW, m < n, codes, scale, row, column < N, K, FORMAT, PARTS, BM, BN, BK,
+        weight, small,
+    )  # fmt: skip
+    place = ((m * GROUPS + group) * wide)[:, None] + column[None, :]
+    ok = (m < n)[:, None] & (column < N)[None, :]
+    if ADDED:
+        acc += tl.load(before + place, mask=ok, other=0.0)
+    tl.store(out + place, acc, mask=ok)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -125,7 +144,7 @@ def linear_each_kernel(
 ):  # fmt: skip
     """The products of all weights of a stack; a line of the table is codes, scales, rows, format, rows before it.
 
-    NORMED: of x normed as by `rms_norm`; every program adds up the squares of its rows itself.
+    NORMED: of x normed as by `rms_norm`.
     """
     tile = tl.program_id(0)
     part = tile * 0
@@ -142,38 +161,33 @@ def linear_each_kernel(
     to = out + n * tl.load(table + 5 * part + 4) + m[:, None] * N + row[None, :]
     ok = (m < n)[:, None] & (row < N)[None, :]
     xs = x + m * K
-    levels, weight = None, None
+    weight, small = None, None
     if NORMED:
-        square = tl.zeros([BM], tl.float32)
-        for first in range(0, K, BK):
-            k = first + tl.arange(0, BK)
-            some = tl.load(xs[:, None] + k[None, :], mask=(m < n)[:, None] & (k < K)[None, :], other=0.0)
-            square += tl.sum(some * some, 1)
-        levels, weight = tl.rsqrt(square / K + eps), norm
+        weight, small = norm, eps
     if FORMATS & 1:
         if stored == 0:
             codes = address(table, 5 * part, tl.float32)
-            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_F32, PARTS, BM, BN, BK, levels, weight)
+            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_F32, PARTS, BM, BN, BK, weight, small)
             tl.store(to, acc, mask=ok)
     if FORMATS & 2:
         if stored == 1:
             codes = address(table, 5 * part, tl.bfloat16)
-            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_BF16, PARTS, BM, BN, BK, levels, weight)
+            acc = accumulate(xs, m < n, codes, codes, row, row < N, K, AS_BF16, PARTS, BM, BN, BK, weight, small)
             tl.store(to, acc, mask=ok)
     if FORMATS & 4:
         if stored == 2:
             codes, scale = address(table, 5 * part, tl.uint8), address(table, 5 * part + 1, tl.uint8)
-            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8, PARTS, BM, BN, BK, levels, weight)
+            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8, PARTS, BM, BN, BK, weight, small)
             tl.store(to, acc, mask=ok)
     if FORMATS & 8:
         if stored == 3:
             codes, scale = address(table, 5 * part, tl.uint8), address(table, 5 * part + 1, tl.float32)
-            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8_F32, PARTS, BM, BN, BK, levels, weight)
+            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_FP8_F32, PARTS, BM, BN, BK, weight, small)
             tl.store(to, acc, mask=ok)
     if FORMATS & 16:
         if stored == 4:
             codes, scale = address(table, 5 * part, tl.uint8), address(table, 5 * part + 1, tl.uint8)
-            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_MXFP4, PARTS, BM, BN, BK, levels, weight)
+            acc = accumulate(xs, m < n, codes, scale, row, row < N, K, AS_MXFP4, PARTS, BM, BN, BK, weight, small)
             tl.store(to, acc, mask=ok)
 
 
@@ -207,7 +221,7 @@ def tiles(rows: int, out_features: int, formats: int) -> Tiles:
     """
     if INTERPRET.value:
         return Tiles(_within(rows, 16, 256), _within(out_features, 16, 1024), 128, 4, 1)
-    if rows <= _FEW_ROWS:
+    if rows <= FEW_ROWS:
         return Tiles(16, 32, 128, 4, 4)
     if formats & 1 << AS_F32.value:
         return Tiles(64, 64, 32, 4, 2)
@@ -225,32 +239,76 @@ def linear(x: Tensor, weight: Weight, *, parts: int) -> Tensor:
     ready = matrix(weight)
     if x.dim() != 2 or x.shape[1] != ready.in_features:
         raise ValueError(f"x: expected [n, {ready.in_features}] for {weight.name}, got {tuple(x.shape)}")
-    return _product(x, ready, 1, parts)
+    return _product(x[:, None], ready, parts)[:, 0]
+
+
+def linear_onto(before: Tensor, x: Tensor, weight: Weight, *, parts: int) -> Tensor:
+    """`before` [n, out] and the product."""
+    ready = matrix(weight)
+    if x.dim() != 2 or x.shape[1] != ready.in_features or before.shape != (x.shape[0], ready.out_features):
+        raise ValueError(f"x, before: expected rows for {weight.name} {weight.shape}, got {tuple(x.shape)}")
+    return _product(x[:, None], ready, parts, before=before.contiguous())[:, 0]
+
+
+def norm_linear(x: Tensor, norm: Weight, eps: float, weight: Weight, *, parts: int) -> Tensor:
+    """`linear` of x normed as by `rms_norm`, for few rows in one launch."""
+    if x.shape[0] > FEW_ROWS:
+        return linear(rms_norm(x, norm, eps), weight, parts=parts)
+    ready = matrix(weight)
+    if x.dim() != 2 or x.shape[1] != ready.in_features:
+        raise ValueError(f"x: expected [n, {ready.in_features}] for {weight.name}, got {tuple(x.shape)}")
+    return _product(x[:, None], ready, parts, norm=vector(norm, (ready.in_features,)), eps=eps)[:, 0]
 
 
 def grouped_linear(x: Tensor, weight: Weight, *, parts: int) -> Tensor:
     ready = matrix(weight)
     if x.dim() != 3 or x.shape[2] != ready.in_features or ready.out_features % x.shape[1]:
         raise ValueError(f"x: expected shape for {weight.name} {weight.shape}, got {tuple(x.shape)}")
-    return _product(x, ready, x.shape[1], parts)
+    return _product(x, ready, parts).flatten(1)
 
 
-def _product(x: Tensor, ready: Matrix, groups: int, parts: int) -> Tensor:
-    n, out_features = x.shape[0], ready.out_features // groups
-    out = torch.empty(n, ready.out_features, device=x.device)
+def grouped_linear_into(x: Tensor, weight: Weight, out: Tensor, *, parts: int) -> None:
+    """`grouped_linear` of the first channels of x [n, groups, in or more], to the first of out [n, groups, out or
+    more]."""
+    ready = matrix(weight)
+    fits = x.dim() == out.dim() == 3 and x.shape[:2] == out.shape[:2] and ready.out_features % x.shape[1] == 0
+    if not fits or x.shape[2] < ready.in_features or out.shape[2] < ready.out_features // x.shape[1]:
+        raise ValueError(f"x, out: {tuple(x.shape)} and {tuple(out.shape)} do not fit {weight.name} {weight.shape}")
+    if not out.is_contiguous():
+        raise ValueError("out: expected dense memory, since a copy would be filled")
+    _product(x, ready, parts, out)
+
+
+def _product(
+    x: Tensor,
+    ready: Matrix,
+    parts: int,
+    out: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    before: Tensor | None = None,
+) -> Tensor:
+    """x [n, groups, in or more] by group -> out [n, groups, out or more]."""
+    n, groups, width = x.shape
+    out_features = ready.out_features // groups
+    if out is None:
+        out = torch.empty(n, groups, out_features, device=x.device)
     if n:
         t = tiles(n, out_features, 1 << ready.format)
         grid = triton.cdiv(out_features, t.n), triton.cdiv(n, t.m), groups
+        given = rounded(x, 3 if ready.format == AS_F32.value else parts)
         linear_kernel[grid](
-            rounded(x, 3 if ready.format == AS_F32.value else parts), ready.codes, ready.scale, out, n, out_features,
-            groups, ready.in_features, ready.format, parts, *t.sizes, **t.options,
+            given, given if norm is None else norm, eps, out if before is None else before, ready.codes, ready.scale,
+            out, n, out_features, out.shape[2], norm is not None, before is not None, groups, width, ready.in_features,
+            ready.format, parts, *t.sizes, **t.options,
         )  # fmt: skip
     return out
 
 
 def rounded(x: Tensor, parts: int) -> Tensor:
     """x, dense; where many rows meet a weight that rounds them, as bf16: half the bytes for every tile to read."""
-    return x.contiguous() if parts == 3 or x.shape[0] <= _FEW_ROWS else x.to(torch.bfloat16).contiguous()
+    return x.contiguous() if parts == 3 or x.shape[0] <= FEW_ROWS else x.to(torch.bfloat16).contiguous()
 
 
 def linear_each(x: Tensor, stack: Stack, *, parts: int) -> tuple[Tensor, ...]:
@@ -260,7 +318,7 @@ def linear_each(x: Tensor, stack: Stack, *, parts: int) -> tuple[Tensor, ...]:
 
 def norm_linear_each(x: Tensor, norm: Weight, eps: float, stack: Stack, *, parts: int) -> tuple[Tensor, ...]:
     """`linear_each` of x normed as by `rms_norm`, for few rows in one launch."""
-    if x.shape[0] > _FEW_ROWS:
+    if x.shape[0] > FEW_ROWS:
         return _each(rms_norm(x, norm, eps), stack, parts)
     return _each(x.contiguous(), stack, parts, norm, eps)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tenfold.ops import Weight
-from tenfold.ops.triton.linear import linear
+from tenfold.ops.triton.linear import linear, norm_linear
 from tenfold.ops.triton.lowp import INTERPRET
 from tenfold.ops.triton.rows import vector
 
@@ -114,8 +114,11 @@ def route(
     chosen: Tensor | None = None,
     groups: int = 1,
     topk_group: int = 1,
+    norm: Weight | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    logits = linear(x, gate, parts=3)
+    """With `norm`: of x normed as by `rms_norm`."""
+    logits = linear(x, gate, parts=3) if norm is None else norm_linear(x, norm, eps, gate, parts=3)
     n, experts = logits.shape
     if not 0 < topk <= experts // groups * topk_group or experts % groups:
         raise ValueError(f"topk: cannot choose {topk} of {experts} experts in {topk_group} of {groups} groups")

@@ -41,15 +41,15 @@ __all__ = [
     "pack_rows",
     "rms_norm",
     "rope",
-    "rope_meet",
     "rope_round",
+    "spread_rows",
+    "turned_apart",
     "unpack_rows",
     "vector",
 ]
 
-_NOTHING, _ROUND, _PACK, _MEET = 0, 1, 2, 3
-"""What `turn_kernel` does with a row at the end, beside storing it. _MEET: rounds it, as bf16, and for 4 bits the even
-channels before the odd ones, as packed keys meet it."""
+_NOTHING, _ROUND, _PACK = 0, 1, 2
+"""What `turn_kernel` does with a row at the end, beside storing it."""
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -71,7 +71,22 @@ def cos_sin(angle):
 
 
 @triton.jit
-def _spread(x, BR: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
+def turned_apart(y, position, frequencies, ROWS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr):
+    """The first 2 * PAIRS channels of y [ROWS, WIDE] rotated, i with i + PAIRS; PAIRS is a power of two."""
+    lane = tl.arange(0, WIDE // 2)
+    angle = position.to(tl.float32) * tl.load(frequencies + lane, mask=lane < PAIRS, other=0.0)
+    cos, sin = cos_sin(angle)  # 1 and 0 beyond
+    cos, sin = cos[None, :], sin[None, :]
+    both = tl.permute(tl.reshape(y, [ROWS, WIDE // (2 * PAIRS), 2, PAIRS]), (0, 1, 3, 2))
+    first, second = tl.split(both)
+    first, second = tl.reshape(first, [ROWS, WIDE // 2]), tl.reshape(second, [ROWS, WIDE // 2])
+    both = tl.join(first * cos - second * sin, first * sin + second * cos)
+    both = tl.permute(tl.reshape(both, [ROWS, WIDE // (2 * PAIRS), PAIRS, 2]), (0, 1, 3, 2))
+    return tl.reshape(both, [ROWS, WIDE])
+
+
+@triton.jit
+def spread_rows(x, BR: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
     """x [BR, BW], 0 beyond WIDTH, times the orthonormal Sylvester-Hadamard matrix of WIDTH."""
     i = tl.arange(0, BW)
     parity = i[:, None] & i[None, :]
@@ -112,7 +127,7 @@ def turn_kernel(
         even, odd = tl.split(tl.reshape(y, [BR, BW // 2, 2]))
         y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BR, BW])
     if SPREAD:
-        y = _spread(y, BR, WIDTH, BW)
+        y = spread_rows(y, BR, WIDTH, BW)
     if FINISH == 0:
         tl.store(out + (row * WIDTH)[:, None] + channel[None, :], y, mask=inside)
     else:
@@ -127,12 +142,7 @@ def turn_kernel(
         else:
             code = e2m1_code(scaled)
             rounded = e2m1(code)
-        if FINISH == 3:
-            factor = tl.reshape(tl.broadcast_to(scale[:, :, None], [BR, BW // BLOCK, BLOCK]), [BR, BW])
-            y = to_bf16(tl.where(coded, rounded * factor, y))
-            place = channel if BITS == 8 else channel // 2 + channel % 2 * (WIDTH // 2)
-            tl.store(out + (row * WIDTH)[:, None] + place[None, :], y, mask=inside)
-        elif FINISH == 1:
+        if FINISH == 1:
             factor = tl.reshape(tl.broadcast_to(scale[:, :, None], [BR, BW // BLOCK, BLOCK]), [BR, BW])
             y = tl.where(coded, rounded * factor, round_bf16(y))
             tl.store(out + (row * WIDTH)[:, None] + channel[None, :], y, mask=inside)
@@ -270,14 +280,6 @@ def rope_round(x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLay
     rounds = spread and layout.code_bits != 32
     steps = Steps(False, spread, _ROUND, layout) if rounds else Steps(False, spread)
     return _turned(x, steps, torch.empty(x.shape, device=x.device), None, 0.0, positions, frequencies)
-
-
-def rope_meet(x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
-    """As `rope_round`, in the form in which `select_rows` lets queries meet keys of this layout."""
-    if not spread or layout.code_bits == 32:
-        return rope_round(x, positions, frequencies, layout, spread)
-    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    return _turned(x, Steps(False, spread, _MEET, layout), out, None, 0.0, positions, frequencies)
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What one token each of many sessions changes in their memory, found by addresses: rings, rows, compressor states.
 
 Nothing is asked of the device: a program whose token completes no group does nothing more. All that a layer of V4
-changes is one launch (`enter`). Knows the bytes of streams; nothing of layers.
+changes, and all that its queries go through, is one launch (`enter`). Knows the bytes of streams; nothing of layers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,10 +17,13 @@ from torch import Tensor
 from tenfold.formats import RowLayout
 from tenfold.ops import Group, Weight
 from tenfold.ops.triton.linear import address
-from tenfold.ops.triton.lowp import e2m1_code, e4m3_code, pow2_ceil_scale, pow2_inverse, round_e4m3, to_bf16
-from tenfold.ops.triton.rows import cos_sin
+from tenfold.ops.triton.lowp import e2m1, e2m1_code, e4m3_code, pow2_ceil_scale, pow2_inverse, round_e4m3, to_bf16
+from tenfold.ops.triton.rows import cos_sin, spread_rows
 
-__all__ = ["compress_step", "enter", "store_rows"]
+__all__ = ["compress_step", "enter", "keep_packed", "sizes", "spread_row", "store_rows", "turned"]
+
+_HEADS, _INDEX_HEADS = 4, 16
+"""Queries of a program: of attention, and of the indexer."""
 
 
 def store_rows(rows: Tensor, addresses: Tensor, places: Tensor, ring: int | None = None) -> None:
@@ -61,7 +65,7 @@ def compress_step(
     if values.shape[0]:
         _compress[(values.shape[0],)](
             *_given(group), positions, frequencies, eps,
-            RATIO=ratio, OVERLAP=overlap, **_sizes(layout, spread, frequencies.shape[0]), num_warps=4,
+            RATIO=ratio, OVERLAP=overlap, **sizes(layout, spread, frequencies.shape[0]), num_warps=4,
         )  # fmt: skip
 
 
@@ -77,23 +81,39 @@ def enter(
     groups: Sequence[Group],
     ratio: int,
     overlap: bool,
-) -> None:
+    q: Tensor,
+    q_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As in `FusedOps`."""
     for group in groups:
         _check(group, overlap)
     if len(groups) > 2 or row.shape[1] != layout.width or any(group.layout != layout for group in groups[:1]):
         raise ValueError(f"row, groups: expected rows of {layout}, and no more than one group of other rows")
-    n, pairs = row.shape[0], frequencies.shape[0]
+    (n, heads, width), pairs = q.shape, frequencies.shape[0]
+    if row.shape != (n, width) or (q_index is None) == (len(groups) > 1):
+        raise ValueError(f"q: expected {row.shape[0]} of {row.shape[1]} channels, of the indexer where keys grow")
+    queries = torch.empty(q.shape, device=q.device)
+    met, index_heads = queries, 0
+    if q_index is not None:
+        index_heads, rounds = q_index.shape[1], groups[1].spread
+        if q_index.shape != (n, index_heads, groups[1].layout.width) or (rounds and groups[1].layout.code_bits != 4):
+            raise ValueError(f"q_index: {tuple(q_index.shape)} do not fit {groups[1].layout}")
+        met = torch.empty(q_index.shape, dtype=torch.bfloat16 if rounds else torch.float32, device=q.device)
     if n == 0:
-        return
+        return queries, met
     rows = _given(groups[0]) if groups else (row,) * 6
     keys = _given(groups[1]) if len(groups) > 1 else rows
-    sizes = _sizes(layout, False, pairs)
-    key_sizes = _sizes(groups[1].layout, groups[1].spread, pairs) if len(groups) > 1 else sizes
-    _enter[(n, 1 + len(groups))](
+    jobs = 1 + len(groups) + triton.cdiv(heads, _HEADS) + triton.cdiv(index_heads, _INDEX_HEADS)
+    row_sizes = sizes(layout, False, pairs)
+    key_sizes = sizes(groups[1].layout, groups[1].spread, pairs) if len(groups) > 1 else row_sizes
+    _enter[(n, jobs)](
         row.contiguous(), norm.data, rings, *rows, *keys, positions, frequencies, eps,
-        RING=ring, GROUPS=len(groups), RATIO=ratio, OVERLAP=overlap, **sizes,
+        q.contiguous(), queries, q if q_index is None else q_index.contiguous(), met,
+        RING=ring, GROUPS=len(groups), RATIO=ratio, OVERLAP=overlap, HEADS=heads, BH=_HEADS,
+        INDEX_HEADS=index_heads, BI=_INDEX_HEADS, **row_sizes,
         **{f"KEY_{name}": size for name, size in key_sizes.items()}, num_warps=4,
     )  # fmt: skip
+    return queries, met
 
 
 def _check(group: Group, overlap: bool) -> None:
@@ -112,8 +132,8 @@ def _given(group: Group) -> tuple[Tensor, ...]:
     return values, gates, group.ape.data, group.states, group.rows, group.norm.data
 
 
-def _sizes(layout: RowLayout, spread: bool, pairs: int) -> dict[str, Any]:
-    """What is fixed for rows of a layout."""
+def sizes(layout: RowLayout, spread: bool, pairs: int) -> dict[str, Any]:
+    """What is fixed for rows of a layout, as kernels take it."""
     dim = layout.width
     wide = max(16, triton.next_power_of_2(dim))
     return {
@@ -129,7 +149,7 @@ def _sizes(layout: RowLayout, spread: bool, pairs: int) -> dict[str, Any]:
         "SCALE_OFFSET": layout.scale_offset,
         "SCALE_BYTES": layout.scale_bytes,
         "USED": layout.code_bytes + 2 * layout.plain + layout.num_scales * layout.scale_bytes,
-        "BLOCK": min(layout.block, wide),
+        "BLOCK": wide if layout.num_scales == 1 else min(layout.block, wide),
     }
 
 
@@ -152,7 +172,9 @@ def _compress(
 def _enter(
     row, row_norm, rings, values, gates, ape, states, rows, norm,
     key_values, key_gates, key_ape, key_states, keys, key_norm, positions, frequencies, eps,
+    q, queries, q_index, met,
     RING: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, BH: tl.constexpr, INDEX_HEADS: tl.constexpr, BI: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr,
     PAIRS: tl.constexpr, SPREAD: tl.constexpr, CODE_BITS: tl.constexpr, CODED: tl.constexpr, PLAIN: tl.constexpr,
     ROW_BYTES: tl.constexpr, PLAIN_OFFSET: tl.constexpr, SCALE_OFFSET: tl.constexpr, SCALE_BYTES: tl.constexpr,
@@ -162,8 +184,10 @@ def _enter(
     KEY_PLAIN: tl.constexpr, KEY_ROW_BYTES: tl.constexpr, KEY_PLAIN_OFFSET: tl.constexpr,
     KEY_SCALE_OFFSET: tl.constexpr, KEY_SCALE_BYTES: tl.constexpr, KEY_USED: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A session's row enters its ring (program 0 of it), its groups grow (the others)."""
+    """A session's row enters its ring (program 0 of it), its groups grow (then), its queries turn, BH of attention's
+    and BI of the indexer's in a program."""
     i, job = tl.program_id(0), tl.program_id(1)
+    TURNING: tl.constexpr = (HEADS + BH - 1) // BH
     if job == 0:
         position, d = tl.load(positions + i), tl.arange(0, WIDE)
         x = tl.load(row + i.to(tl.int64) * DIM + d, mask=d < DIM, other=0.0)
@@ -186,6 +210,31 @@ def _enter(
                 OVERLAP, KEY_DIM, KEY_WIDE, KEY_PAIRS, KEY_SPREAD, KEY_CODE_BITS, KEY_CODED, KEY_PLAIN, KEY_ROW_BYTES,
                 KEY_PLAIN_OFFSET, KEY_SCALE_OFFSET, KEY_SCALE_BYTES, KEY_USED, KEY_BLOCK,
             )  # fmt: skip
+    if job > GROUPS:
+        if job <= GROUPS + TURNING:
+            h, d = (job - 1 - GROUPS) * BH + tl.arange(0, BH), tl.arange(0, WIDE)
+            place = ((i.to(tl.int64) * HEADS + h) * DIM)[:, None] + d[None, :]
+            ok = (h < HEADS)[:, None] & (d < DIM)[None, :]
+            x = tl.load(q + place, mask=ok, other=0.0)
+            x = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+            x = turned(x, tl.load(positions + i), frequencies, DIM, BH, WIDE, PAIRS)
+            tl.store(queries + place, x, mask=ok)
+    if INDEX_HEADS > 0:
+        if job > GROUPS + TURNING:
+            h, d = (job - 1 - GROUPS - TURNING) * BI + tl.arange(0, BI), tl.arange(0, KEY_WIDE)
+            line = ((i.to(tl.int64) * INDEX_HEADS + h) * KEY_DIM)[:, None]
+            ok = (h < INDEX_HEADS)[:, None] & (d < KEY_DIM)[None, :]
+            x = tl.load(q_index + line + d[None, :], mask=ok, other=0.0)
+            x = turned(x, tl.load(positions + i), frequencies, KEY_DIM, BI, KEY_WIDE, PAIRS)
+            if KEY_SPREAD:  # and rounded, the even channels before the odd ones, as packed keys meet them
+                x = tl.reshape(spread_rows(x, BI, KEY_DIM, KEY_WIDE), [BI, KEY_WIDE // KEY_BLOCK, KEY_BLOCK])
+                amax = tl.maximum(tl.max(tl.abs(x), 2), 6.0 * 1.1754943508222875e-38)
+                scale, _ = pow2_ceil_scale(amax, 1.0 / 6.0)
+                x = tl.minimum(tl.maximum(x * pow2_inverse(scale)[:, :, None], -6.0), 6.0)
+                x = tl.reshape(e2m1(e2m1_code(x)) * scale[:, :, None], [BI, KEY_WIDE])
+                tl.store(met + line + (d // 2 + d % 2 * (KEY_DIM // 2))[None, :], to_bf16(x), mask=ok)
+            else:
+                tl.store(met + line + d[None, :], x, mask=ok)
 
 
 @triton.jit
@@ -264,21 +313,48 @@ def _finish(
 ):  # fmt: skip
     """x [WIDE] normed, rotated, spread and packed to `row`, and to as many COPIES of it, APART rows from each other."""
     d = tl.arange(0, WIDE)
-    ok = d < DIM
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * tl.load(norm + d, mask=ok, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(tl.sum(x * x, 0) / DIM + eps) * tl.load(norm + d, mask=d < DIM, other=0.0).to(tl.float32)
+    x = tl.reshape(turned(tl.reshape(x, [1, WIDE]), position, frequencies, DIM, 1, WIDE, PAIRS), [WIDE])
+    if SPREAD:
+        x = spread_row(x, DIM, WIDE)
+    keep_packed(
+        x, row, COPIES, APART, DIM, WIDE, CODE_BITS, CODED, PLAIN, ROW_BYTES, PLAIN_OFFSET, SCALE_OFFSET, SCALE_BYTES,
+        USED, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def turned(x, position, frequencies, DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, PAIRS: tl.constexpr):
+    """The last 2 * PAIRS of DIM channels of x [ROWS, WIDE] rotated."""
     pair = tl.arange(0, WIDE // 2) - (DIM // 2 - PAIRS)
-    turned = (pair >= 0) & (pair < PAIRS)
-    angle = position.to(tl.float32) * tl.load(frequencies + pair, mask=turned, other=0.0)
+    angle = position.to(tl.float32) * tl.load(frequencies + pair, mask=(pair >= 0) & (pair < PAIRS), other=0.0)
     cos, sin = cos_sin(angle)
-    even, odd = tl.split(tl.reshape(x, [WIDE // 2, 2]))
-    x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [WIDE])
-    if SPREAD:  # channel j of the transform: the sum of all, with the sign of the parity of i & j
-        bits = tl.arange(0, WIDE)[:, None] & tl.arange(0, WIDE)[None, :]
-        bits = bits ^ (bits >> 8)
-        bits = bits ^ (bits >> 4)
-        bits = bits ^ (bits >> 2)
-        bits = bits ^ (bits >> 1)
-        x = tl.sum(tl.where((bits & 1) == 0, x[:, None], -x[:, None]), 0) * DIM**-0.5
+    cos, sin = cos[None, :], sin[None, :]
+    even, odd = tl.split(tl.reshape(x, [ROWS, WIDE // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [ROWS, WIDE])
+
+
+@triton.jit
+def spread_row(x, DIM: tl.constexpr, WIDE: tl.constexpr):
+    """x [WIDE] times Hadamard's matrix: channel j the sum of all, with the sign of the parity of i & j."""
+    bits = tl.arange(0, WIDE)[:, None] & tl.arange(0, WIDE)[None, :]
+    bits = bits ^ (bits >> 8)
+    bits = bits ^ (bits >> 4)
+    bits = bits ^ (bits >> 2)
+    bits = bits ^ (bits >> 1)
+    return tl.sum(tl.where((bits & 1) == 0, x[:, None], -x[:, None]), 0) * DIM**-0.5
+
+
+@triton.jit
+def keep_packed(
+    x, row, COPIES: tl.constexpr, APART: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+    CODE_BITS: tl.constexpr, CODED: tl.constexpr, PLAIN: tl.constexpr,
+    ROW_BYTES: tl.constexpr, PLAIN_OFFSET: tl.constexpr, SCALE_OFFSET: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    USED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x [WIDE] packed to `row`, and to as many COPIES of it, APART rows from each other."""
+    d = tl.arange(0, WIDE)
+    ok = d < DIM
     if CODE_BITS == 32:
         for copy in tl.static_range(COPIES):
             line = row + copy * APART * ROW_BYTES
