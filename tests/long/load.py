@@ -110,8 +110,9 @@ LEFT_OPEN_S = {"header": 30.0, "body": 60.0, "idle": 75.0}
 """For how long a connection may stay open that sends a byte a second of its header or body, or nothing more."""
 
 
-async def _kept_open(port: int, kind: str, length: int = 4000) -> float:
+async def _kept_open(port: int, kind: str, after_s: float, length: int = 4000) -> float:
     """Seconds until the server closed such a connection; it has two minutes."""
+    await asyncio.sleep(after_s)
     whole = request("/v1/completions", body(0, padding="x" * length))
     asked = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
     head = whole.index(b"\r\n\r\n") + 4
@@ -138,8 +139,8 @@ async def _kept_open(port: int, kind: str, length: int = 4000) -> float:
 
 
 def slow(count: int = 500) -> dict[str, Any]:
-    """R15: so many of each kind at once against the server as a user starts it, which has room for 1,200 connections:
-    the oldest silent ones give way. Others are answered meanwhile."""
+    """R15: so many of each kind, a hundred more each second, against the server as a user starts it, which has room for
+    1,200 connections: the oldest silent ones give way. Others are answered meanwhile."""
 
     async def run(port: int) -> dict[str, Any]:
         over = asyncio.Event()
@@ -148,7 +149,7 @@ def slow(count: int = 500) -> dict[str, Any]:
         over.set()
         alone, over = sorted(await probing), asyncio.Event()
         kinds = [kind for _ in range(count) for kind in LEFT_OPEN_S]
-        slow_ones = [asyncio.create_task(_kept_open(port, kind)) for kind in kinds]
+        slow_ones = [asyncio.create_task(_kept_open(port, kind, i / 100)) for i, kind in enumerate(kinds)]
         probing = asyncio.create_task(health(port, over))
         answers = []
         while not all(one.done() for one in slow_ones):

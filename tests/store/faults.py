@@ -1,10 +1,11 @@
 """Every k-th call to the system fails in turn, SQLite's among them. Run as a program: prints one JSON object.
 
-    python -m tests.store.faults FOLDER STRIDE
+    python -m tests.store.faults FOLDER STRIDE [PART]
 
 A store is opened, read, written and evicted from while the k-th call that touches its folder fails, for every
-STRIDE-th k: once, from there on, or with half the bytes. Opening may then be refused; nothing else may raise, what is
-found must be the truth byte for byte, and once the disk is well again the same store stores again.
+STRIDE-th k (parts 0 to STRIDE - 1 together are every k): once, from there on, or with half the bytes. Opening may
+then be refused; nothing else may raise, what is found must be the truth byte for byte, and once the disk is well
+again the same store stores again.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def case(folder: Path, limit_bytes: int, arm: Callable[[Path], None], disarm: Ca
     return found
 
 
-def main(folder: Path, stride: int) -> None:
+def main(folder: Path, stride: int, part: int = 0) -> None:
     library = ctypes.CDLL(None)
     files = len(os.listdir("/proc/self/fd"))
     whole = Store(folder / "whole")
@@ -109,7 +110,7 @@ def main(folder: Path, stride: int) -> None:
     calls = run(0, 0, ONCE)["calls"]
     total = {"calls": calls, "cases": 0, "refused": 0, "raised": 0, "wrong": 0, "not_again": 0}
     for at, (name, (number, way)) in enumerate(WAYS.items()):
-        for k in range(1 + at % stride, calls + 1, stride):
+        for k in range(1 + (at + part) % stride, calls + 1, stride):
             total["cases"] += 1
             try:
                 found = run(k, number, way)
@@ -129,5 +130,5 @@ def main(folder: Path, stride: int) -> None:
 if __name__ == "__main__":
     preload(SOURCE, "faults_arm", "tests.store.faults")
     torch.set_num_threads(1)
-    place, steps = Path(sys.argv[1]).resolve(), int(sys.argv[2])
-    main(place, steps)
+    place, *numbers = sys.argv[1:]
+    main(Path(place).resolve(), *map(int, numbers))
