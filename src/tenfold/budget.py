@@ -6,14 +6,13 @@ context times chunk. Knows configs and bytes; imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
 from tenfold.errors import DoesNotFit
 from tenfold.formats import exact_layout
 
-__all__ = ["Budget", "Need", "fit", "gpu_session_bytes", "longest", "shared_tile_tokens", "stream_bytes"]
+__all__ = ["Budget", "Need", "fit", "gpu_session_bytes", "longest", "stream_bytes"]
 
 _MOST_CHUNK_TOKENS = 65536
 _LEAST_TILE_TOKENS, _MOST_TILE_TOKENS = 32, 2048
@@ -25,8 +24,8 @@ _PATIENCE_S = 0.9
 _ID_BYTES = 3 * 4
 """A token id as the session keeps it, as the caller holds it, and of what is left to read."""
 _MOST_KERNEL_SCRATCH_BYTES = 64 << 20
-_SLACK_BYTES = 10 << 20
-"""What the allocator keeps of freed memory until a layer ends, as measured: 2 to 15 MB."""
+_SLACK_BYTES = 16 << 20
+"""What the allocator keeps of freed memory until a layer ends, as measured: 7 to 30 MB, most often some 16."""
 _GPU_TILE_TOKENS = 4096
 _LEAST_GPU_TILE_TOKENS = 512
 _GPU_SCRATCH_BYTES = 8 << 30
@@ -52,12 +51,11 @@ class Budget:
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes of a session of `context` tokens, by what they are for, and how it reads: `chunk_tokens` go through one
-    layer before the next, `tile_tokens` of them at a time. A longer context would read `most_tile_tokens` at a time."""
+    layer before the next, `tile_tokens` of them at a time."""
 
     context: int
     chunk_tokens: int
     tile_tokens: int
-    most_tile_tokens: int
     base_bytes: int
     weights_bytes: int
     kv_bytes: int
@@ -76,14 +74,7 @@ class Need:
         """The same with chunks of at most `chunk_tokens`."""
         chunk = min(self.chunk_tokens, chunk_tokens)
         residual = self.residual_bytes * chunk // self.chunk_tokens
-        tile, most_tile = min(self.tile_tokens, chunk), min(self.most_tile_tokens, chunk)
-        return replace(self, chunk_tokens=chunk, tile_tokens=tile, most_tile_tokens=most_tile, residual_bytes=residual)
-
-
-def shared_tile_tokens(needs: Iterable[Need]) -> int:
-    """The tile of a pass of several sessions: what each may have, put together, but no more than any could have."""
-    every = tuple(needs)
-    return min(sum(need.tile_tokens for need in every), *(need.most_tile_tokens for need in every))
+        return replace(self, chunk_tokens=chunk, tile_tokens=min(self.tile_tokens, chunk), residual_bytes=residual)
 
 
 def longest(config: ModelConfig, most: int, budget: Budget, exact: bool) -> Need:
@@ -136,19 +127,18 @@ def stream_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> i
 
 
 def _need(config: ModelConfig, context: int, chunk: int, tile: int, budget: Budget, exact: bool) -> Need:
-    most_tile, tile, chunk = tile, min(tile, context), min(chunk, context)
+    tile, chunk = min(tile, context), min(chunk, context)
     return Need(
         context=context,
         chunk_tokens=chunk,
         tile_tokens=tile,
-        most_tile_tokens=most_tile,
         base_bytes=budget.base_bytes,
         weights_bytes=budget.weights_bytes,
         kv_bytes=stream_bytes(config, context, exact=exact),
         ids_bytes=context * _ID_BYTES,
         points_bytes=_RESTORE_POINTS * (stream_bytes(config, 0, exact=exact) + 4 * config.vocab_size),
         residual_bytes=_residual_bytes(config, chunk),
-        scratch_bytes=_scratch_bytes(config, tile, _GPU_SCRATCH_BYTES if budget.on_gpu else _MOST_KERNEL_SCRATCH_BYTES),
+        scratch_bytes=_scratch_bytes(config, tile, budget.on_gpu),
     )
 
 
@@ -170,7 +160,7 @@ def _tile_tokens(config: ModelConfig) -> int:
     flops = 6 * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
     patient = int(_PATIENCE_S * _TOKENS_PER_S_FLOPS / flops)
     for_experts = _EXPERT_ROWS * config.n_routed_experts // config.num_experts_per_tok
-    tokens = min(patient, max(_TILE_BYTES // (4 * _token_numbers(config)), for_experts))
+    tokens = min(patient, max(_TILE_BYTES // (4 * sum(_token_numbers(config))), for_experts))
     return min(max(_LEAST_TILE_TOKENS, 1 << tokens.bit_length() - 1), _MOST_TILE_TOKENS)
 
 
@@ -180,22 +170,28 @@ def _residual_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * streams * config.hidden_size * tokens
 
 
-def _scratch_bytes(config: ModelConfig, tile: int, most_kernel_bytes: int) -> int:
-    """What a tile needs on its way through a layer, float32, and what kernels take for themselves."""
+def _scratch_bytes(config: ModelConfig, tile: int, on_gpu: bool) -> int:
+    """What a tile needs on its way through a layer, float32, and what kernels take for themselves.
+
+    Experts begin when attention has given its memory back; a GPU's allocator keeps it.
+    """
     width = config.hidden_size + 3 * config.moe_intermediate_size
+    residual, attention = (4 * numbers * tile for numbers in _token_numbers(config))
     routed = 4 * tile * config.num_experts_per_tok * width
-    return 4 * _token_numbers(config) * tile + min(routed, most_kernel_bytes) + _SLACK_BYTES
+    if on_gpu:
+        return residual + attention + min(routed, _GPU_SCRATCH_BYTES) + _SLACK_BYTES
+    return residual + max(attention, min(routed, _MOST_KERNEL_SCRATCH_BYTES)) + _SLACK_BYTES
 
 
-def _token_numbers(config: ModelConfig) -> int:
-    """Numbers a token has in a layer at once, what kernels take for themselves apart."""
+def _token_numbers(config: ModelConfig) -> tuple[int, int]:
+    """Numbers a token has in a layer at once beside what kernels take for themselves: residuals, and attention's."""
     heads, hidden = config.num_attention_heads, config.hidden_size
     if isinstance(config, DeepseekV4Config):
-        numbers = 3 * config.hc_mult * hidden + 4 * hidden + 3 * heads * config.head_dim
+        residual, row = (2 * config.hc_mult + 4) * hidden, config.head_dim
     else:
         assert isinstance(config, DeepseekV32Config)
-        numbers = 6 * hidden + 3 * heads * (config.kv_lora_rank + config.qk_rope_head_dim)
-    return numbers + 3 * config.index_n_heads * config.index_head_dim + config.index_topk
+        residual, row = 6 * hidden, config.kv_lora_rank + config.qk_rope_head_dim
+    return residual, 2 * heads * row + 2 * config.index_n_heads * config.index_head_dim + config.index_topk
 
 
 def _refusal(config: ModelConfig, least: Need, budget: Budget, exact: bool) -> str:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from tenfold.config import RopeSpec
 from tenfold.formats import RowLayout, exact_layout
-from tenfold.machine import shrink_heap
+from tenfold.machine import anonymous_bytes, shrink_heap
 from tenfold.ops import BatchOps, Experts, FusedOps, Ops, Rows, Weight
 from tenfold.step import BatchSpan, Span, Step
 from tenfold.streams import GrowingRows
@@ -23,6 +23,8 @@ __all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "
 
 
 _CPU = torch.device("cpu")
+_LEFT_BYTES = 8 << 20
+"""What tiles may leave between small blocks beyond what the first of a layer did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,9 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
     So each layer's weights are read, from memory or disk, once per chunk. h may be overwritten.
     """
     tiles = step.tiles()
+    by_tiles = len(tiles) > 1 and h.device == _CPU
     for index, layer in enumerate(layers):
+        most_bytes = 0
         for place, (rows, tile) in enumerate(tiles):
             if len(tiles) == 1:
                 h = layer.forward(h, tile)
@@ -86,8 +90,12 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
                 h[rows] = layer.forward(h[rows], tile)
             if step.pace is not None:
                 step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
-        if len(tiles) > 1 and h.device == _CPU:
-            shrink_heap()  # else what tiles leave between small blocks adds up, in some processes and not in others
+            if by_tiles and place == 0:
+                most_bytes = anonymous_bytes() + _LEFT_BYTES
+            elif by_tiles and anonymous_bytes() > most_bytes:
+                shrink_heap()  # what tiles leave between small blocks adds up, in some processes and not in others
+        if by_tiles:
+            shrink_heap()
     return h
 
 
