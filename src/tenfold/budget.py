@@ -6,13 +6,14 @@ context times chunk. Knows configs and bytes; imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
 from tenfold.errors import DoesNotFit
 from tenfold.formats import exact_layout
 
-__all__ = ["Budget", "Need", "fit", "gpu_session_bytes", "longest", "stream_bytes"]
+__all__ = ["Budget", "Need", "fit", "gpu_session_bytes", "longest", "shared_tile_tokens", "stream_bytes"]
 
 _MOST_CHUNK_TOKENS = 65536
 _LEAST_TILE_TOKENS, _MOST_TILE_TOKENS = 32, 2048
@@ -51,11 +52,12 @@ class Budget:
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes of a session of `context` tokens, by what they are for, and how it reads: `chunk_tokens` go through one
-    layer before the next, `tile_tokens` of them at a time."""
+    layer before the next, `tile_tokens` of them at a time. A longer context would read `most_tile_tokens` at a time."""
 
     context: int
     chunk_tokens: int
     tile_tokens: int
+    most_tile_tokens: int
     base_bytes: int
     weights_bytes: int
     kv_bytes: int
@@ -74,7 +76,14 @@ class Need:
         """The same with chunks of at most `chunk_tokens`."""
         chunk = min(self.chunk_tokens, chunk_tokens)
         residual = self.residual_bytes * chunk // self.chunk_tokens
-        return replace(self, chunk_tokens=chunk, tile_tokens=min(self.tile_tokens, chunk), residual_bytes=residual)
+        tile, most_tile = min(self.tile_tokens, chunk), min(self.most_tile_tokens, chunk)
+        return replace(self, chunk_tokens=chunk, tile_tokens=tile, most_tile_tokens=most_tile, residual_bytes=residual)
+
+
+def shared_tile_tokens(needs: Iterable[Need]) -> int:
+    """The tile of a pass of several sessions: what each may have, put together, but no more than any could have."""
+    every = tuple(needs)
+    return min(sum(need.tile_tokens for need in every), *(need.most_tile_tokens for need in every))
 
 
 def longest(config: ModelConfig, most: int, budget: Budget, exact: bool) -> Need:
@@ -127,11 +136,12 @@ def stream_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> i
 
 
 def _need(config: ModelConfig, context: int, chunk: int, tile: int, budget: Budget, exact: bool) -> Need:
-    tile, chunk = min(tile, context), min(chunk, context)
+    most_tile, tile, chunk = tile, min(tile, context), min(chunk, context)
     return Need(
         context=context,
         chunk_tokens=chunk,
         tile_tokens=tile,
+        most_tile_tokens=most_tile,
         base_bytes=budget.base_bytes,
         weights_bytes=budget.weights_bytes,
         kv_bytes=stream_bytes(config, context, exact=exact),

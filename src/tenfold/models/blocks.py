@@ -23,7 +23,7 @@ __all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "
 
 
 _CPU = torch.device("cpu")
-_LEFT_BYTES = 8 << 20
+_LEFT_BYTES = 4 << 20
 """What tiles may leave between small blocks beyond what the first of a layer did."""
 
 
