@@ -4,6 +4,22 @@
 #include "scratch.hpp"
 
 namespace tenfold::TENFOLD_ISA {
+namespace {
+
+// Calls run(session, threads). Of many sessions each is one thread's, which decodes its rows for all heads; few are
+// taken one after the other, each by all threads.
+template <class Run>
+void for_sessions(int64_t n, int32_t threads, const Run& run) {
+    if (n < 2 * threads) {
+        for (int64_t i = 0; i < n; ++i) run(i, threads);
+        return;
+    }
+    share_tasks(n, threads, [&run](const auto& next) {
+        for (int64_t i = next(); i >= 0; i = next()) run(i, 1);
+    });
+}
+
+}  // namespace
 
 void store_rows(const uint8_t* rows, uint8_t* const* addresses, const int64_t* places, int64_t n, int64_t row_bytes,
                 int64_t ring) {
@@ -41,17 +57,20 @@ void compress_step(const float* values, const float* gates, const float* ape, fl
 void select_sessions(const float* q, const float* weights, const uint8_t* const* keys, const RowLayout* layout,
                      const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
                      int32_t threads) {
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t scored = 0;
+    for (int64_t i = 0; i < n; ++i) scored += visible[i] > k ? visible[i] : 0;
+    if (scored * heads * dim < 1 << 18) threads = 1;  // some 5 us: not worth a fork
+    for_sessions(n, threads, [=](int64_t i, int32_t own) {
         select_rows(q + i * heads * dim, weights + i * heads, keys[i], layout, visible + i, out + i * k, 1, heads, dim,
-                    k, threads);
-    }
+                    k, own);
+    });
 }
 
 void attend_sessions(const float* q, const Rows* sources, int64_t num_sources, const float* sink,
                      const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
                      const int64_t* positions, int64_t pairs, float scale, int32_t threads) {
-    Rows mine[most_sources];
-    for (int64_t i = 0; i < n; ++i) {
+    for_sessions(n, threads, [=](int64_t i, int32_t own) {
+        Rows mine[most_sources];
         for (int64_t s = 0; s < num_sources; ++s) {
             mine[s] = sources[s];
             __builtin_memcpy(&mine[s].packed, sources[s].packed + i * static_cast<int64_t>(sizeof(void*)), sizeof(void*));
@@ -64,8 +83,8 @@ void attend_sessions(const float* q, const Rows* sources, int64_t num_sources, c
         }
         int32_t refused;
         sparse_attention(q + i * heads * width, mine, num_sources, sink, frequencies, out + i * heads * value_dim, 1,
-                         heads, width, value_dim, positions[i], pairs, scale, &refused, threads);
-    }
+                         heads, width, value_dim, positions[i], pairs, scale, &refused, own);
+    });
 }
 
 }  // namespace tenfold::TENFOLD_ISA

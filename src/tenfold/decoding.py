@@ -124,9 +124,8 @@ class Decoder:
         )
 
     def _forward(self, tables: Tables, tick: Tick | None = None) -> Tensor:
-        wanted = torch.arange(tables.size, device=self.device)
         pace = None if tick is None else Pace(tick)
-        step = Step(tables.ids, tables.positions, (BatchSpan(tables),), wanted, tile_tokens=tables.size, pace=pace)
+        step = Step(tables.ids, tables.positions, (BatchSpan(tables),), None, tile_tokens=tables.size, pace=pace)
         with torch.no_grad():
             return self.model.forward(step)
 

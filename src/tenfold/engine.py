@@ -229,7 +229,7 @@ class Engine:
             ids=torch.cat([torch.frombuffer(ids, dtype=torch.int32) for ids in batch.values()]).long().to(device),
             positions=torch.cat([torch.arange(s.position, s.position + s.num_tokens, device=device) for s in spans]),
             spans=tuple(spans),
-            wanted=torch.arange(start, device=device) if every else last.to(device),
+            wanted=None if every else last.to(device),
             tile_tokens=shared_tile_tokens(session.need for session in batch),
             pace=None if tick is None else Pace(tick),
             swiftness=_GPU_SWIFTNESS if device.type == "cuda" else 1,

@@ -149,7 +149,8 @@ class BatchSpan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """All tokens of a pass in one row: ids and positions int64 [n], the spans, and the rows whose logits are wanted.
+    """All tokens of a pass in one row: ids and positions int64 [n], the spans, and the rows whose logits are wanted;
+    None are all.
 
     A layer takes `tile_tokens` of them at a time, so that what it computes on the way fits the memory planned. `pace`
     hears of it after each, and within a layer wherever a second might pass; `swiftness` is how many times as much as
@@ -159,7 +160,7 @@ class Step:
     ids: Tensor
     positions: Tensor
     spans: tuple[Span | BatchSpan, ...]
-    wanted: Tensor
+    wanted: Tensor | None
     tile_tokens: int
     pace: Pace | None = None
     swiftness: int = 1
@@ -170,6 +171,10 @@ class Step:
         if ratio not in self._places:
             self._places[ratio] = self.positions % ratio
         return self._places[ratio]
+
+    def of_wanted(self, h: Tensor) -> Tensor:
+        """The rows of h [n, ...] whose logits are wanted."""
+        return h if self.wanted is None else h[self.wanted]
 
     def breathe(self) -> None:
         if self.pace is not None:

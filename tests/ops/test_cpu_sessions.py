@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tests.ops import sessions_cases
@@ -22,9 +24,19 @@ def test_groups_are_compressed_as_by_the_reference(layout: RowLayout, ratio: int
     sessions_cases.groups_are_compressed_as_by_the_reference(cpu, DEVICE, layout, ratio, overlap, spread)
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.fixture(params=[1, 2])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("n", [1, 3, 4, 33])
 def test_each_session_gets_what_it_gets_alone(n: int) -> None:
-    """Selection, then attention to what was selected and to a range of a ring, over memory of its own."""
+    """Selection, then attention to what was selected and to a range of a ring, over memory of its own; of few sessions
+    each is all threads' work, of many one's."""
     heads, keys_layout, layout = 4, index_key_fp4(64), kv_row_v4(96, 32)
     visible, positions = randint(1, 300, (n,)), randint(0, 1000, (n,))
     keys = [cpu.pack_rows(randn(300, 64, seed=i), keys_layout) for i in range(n)]

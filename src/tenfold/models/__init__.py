@@ -19,7 +19,7 @@ class Model(Protocol):
     """A network with its weights bound; all it changes are the streams of the step's sessions."""
 
     def forward(self, step: Step) -> Tensor:
-        """Logits float32 [len(step.wanted), vocab]."""
+        """Logits float32 [rows wanted, vocab]."""
 
 
 def build(config: ModelConfig, bind: Binder) -> Model:

@@ -33,10 +33,10 @@ class DeepseekV32:
         self.lm_head = bind("lm_head.weight")
 
     def forward(self, step: Step) -> Tensor:
-        """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
+        """Runs all tokens through one layer before the next; logits float32 [rows wanted, vocab]."""
         h = self.ops.embed(step.ids, self.embed_tokens)
         h = through_layers(self.layers, h, step)
-        return self.ops.linear(self.ops.rms_norm(h[step.wanted], self.norm, self.config.rms_norm_eps), self.lm_head)
+        return self.ops.linear(self.ops.rms_norm(step.of_wanted(h), self.norm, self.config.rms_norm_eps), self.lm_head)
 
 
 class Block:

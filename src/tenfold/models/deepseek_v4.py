@@ -37,13 +37,13 @@ class DeepseekV4:
         self.head = bind("head.weight")
 
     def forward(self, step: Step) -> Tensor:
-        """Runs all tokens through one layer before the next; logits float32 [len(step.wanted), vocab]."""
+        """Runs all tokens through one layer before the next; logits float32 [rows wanted, vocab]."""
         c, ops = self.config, self.ops
         one = fused(ops, step)
         h = self._streams(step)
         h = through_layers(self.blocks, h, step) if one is None else self._through(one, h, step)
         x = ops.hc_collapse(
-            h[step.wanted],
+            step.of_wanted(h),
             self.hc_head_fn,
             self.hc_head_base,
             self.hc_head_scale,
