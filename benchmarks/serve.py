@@ -1,12 +1,13 @@
 """The engine process under load: what a stream keeps beside a long prompt, what the process costs, how soon it lets go.
 
     python benchmarks/serve.py                      # tiny-v4-flash, every part
-    python benchmarks/serve.py DIR --parts share    # a checkpoint; share, reading, overhead, cancel, crowd
+    python benchmarks/serve.py DIR --parts share    # a checkpoint; share, reading, overhead, cancel, crowd, together
 
 share: tokens/s of a stream alone and while a long prompt is read, its longest pause, and how true the ETA was.
 reading: the same prompt by itself, in the process and in the library.
 overhead: a token and a first token through the process and in the library. cancel: from the cancel to the last event,
-and to an engine at rest. crowd: many short jobs at once, with the store and without. Results: results/serve.json.
+and to an engine at rest. crowd: many short jobs at once, with the store and without. together: tokens/s of 1 to 32
+streams while all of them write, three turns. Results: results/serve.json.
 """
 
 from __future__ import annotations
@@ -223,7 +224,43 @@ async def crowd(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-PARTS = {"share": share, "reading": reading, "overhead": overhead, "cancel": cancel, "crowd": crowd}
+async def together(options: argparse.Namespace) -> dict[str, Any]:
+    counts = [1, 2, 4, 8, 16, 32]
+    found: dict[str, list[int]] = {str(count): [] for count in counts}
+    async with process(options, store=False) as engine:
+        for turn in range(3):
+            for count in counts:
+                found[str(count)].append(await _writing(engine, f"{turn}-{count}", count, options.seconds / 4))
+    return {
+        "prompt_tokens": SHORT_TOKENS,
+        "tokens_per_s_by_streams": {name: sorted(all_) for name, all_ in found.items()},
+    }
+
+
+async def _writing(engine: EngineProcess, name: str, count: int, seconds: float) -> int:
+    """Tokens/s of `count` streams, once each of them writes."""
+    streams = [Heard() for _ in range(count)]
+    jobs = [job(f"{name}-{number}", prompt(SHORT_TOKENS, number), 10**4) for number in range(count)]
+    running = [asyncio.create_task(heard.listen(engine, one)) for heard, one in zip(streams, jobs, strict=True)]
+    while min(len(heard.tokens_s) for heard in streams) < 20:
+        await asyncio.sleep(0.01)
+    start_s = time.perf_counter()
+    await asyncio.sleep(seconds)
+    stop_s = time.perf_counter()
+    for one in jobs:
+        await engine.cancel(one.id)
+    await asyncio.gather(*running)
+    return round(sum(heard.tokens_per_s(start_s, stop_s) for heard in streams))
+
+
+PARTS = {
+    "share": share,
+    "reading": reading,
+    "overhead": overhead,
+    "cancel": cancel,
+    "crowd": crowd,
+    "together": together,
+}
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ class Sampler:
             adjusted = adjusted.masked_fill(~allowed, -math.inf)
             if float(adjusted.max()) == -math.inf:
                 raise RunError(_NOTHING)
-        token_id = int(adjusted.argmax()) if self.params.temperature == 0 else self._draw(adjusted)
+        # torch's argmax looks at one number at a time: milliseconds for a whole vocabulary.
+        token_id = int(adjusted.numpy().argmax()) if self.params.temperature == 0 else self._draw(adjusted)
         self._counts[token_id] += 1
         return token_id
 
@@ -163,13 +164,12 @@ class Sampler:
 def _checked(logits: Tensor) -> Tensor:
     """The logits in float64 on the CPU, where neither penalties nor exponentials overflow."""
     assert logits.ndim == 1
-    raw = logits.detach().to("cpu", torch.float64)
-    largest = float(raw.max())  # NaN if any is
+    largest = float(logits.max())  # NaN if any is
     if math.isnan(largest) or largest == math.inf:
         raise RunError(f"the model's logits contain {largest}; check the weights, and try the reference backend")
     if largest == -math.inf:
         raise RunError(_NOTHING)
-    return raw
+    return logits.detach().to("cpu", torch.float64)
 
 
 def _filtered(scaled: Tensor, params: SamplingParams) -> Tensor:
