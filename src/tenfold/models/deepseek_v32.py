@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
-from tenfold.formats import F32
+from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32
 from tenfold.models.blocks import Binder, attend, fused, select, through_layers
 from tenfold.ops import FusedOps, Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
@@ -80,14 +80,16 @@ class Attention:
         self.queries = Stack((self.q_b_proj, self.indexer.wq_b))
 
     def _absorbed(self, bind: Binder, name: str) -> tuple[Weight, Weight]:
-        """kv_b_proj as two grouped projections, one a head: nope -> latent for keys, latent -> value."""
-        c = self.config
-        dense = bind.ops.dequantize(bind.take(name))
-        heads = dense.view(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
-        k_up, v_up = heads.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        k_up = k_up.transpose(1, 2).reshape(-1, c.qk_nope_head_dim).contiguous()
-        v_up = v_up.reshape(-1, c.kv_lora_rank).contiguous()
-        parts = (Weight(name, tuple(part.shape), F32, part) for part in (k_up, v_up))
+        """kv_b_proj as two grouped projections, one a head: nope -> latent for keys, latent -> value.
+
+        Unpacked, unless the backend multiplies codes with activations as fine as the models were trained for.
+        """
+        weight, c = bind.take(name), self.config
+        whole = not any(size % 128 for size in (c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank))
+        kept = (BF16, FP8_BLOCK, FP8_BLOCK_F32) if whole else (BF16,)  # else a block is part of two heads
+        if not getattr(bind.ops, "reads_codes", False) or weight.format not in kept:
+            weight = Weight(name, weight.shape, F32, bind.ops.dequantize(weight))
+        parts = split_by_head(weight, c.num_attention_heads, c.qk_nope_head_dim)
         k_up, v_up = (bind.ops.prepare(part, bind.resident) for part in parts)
         return k_up, v_up
 
@@ -144,6 +146,23 @@ class Attention:
         source = Rows(stream.packed, stream.layout, index=chosen, most=stream.most)
         c = self.config
         return attend(self.ops, step, span, q, [source], None, c.softmax_scale, c.kv_lora_rank)
+
+
+def split_by_head(weight: Weight, heads: int, first: int) -> tuple[Weight, Weight]:
+    """The `first` rows of each head's, transposed, and the other rows: as stored, FP8 where blocks of 128 fit."""
+
+    def parts(tensor: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        head = tensor.view(heads, -1, tensor.shape[1])
+        one, other = head[:, :rows].transpose(1, 2), head[:, rows:]
+        return one.reshape(-1, rows).contiguous(), other.reshape(-1, tensor.shape[1]).contiguous()
+
+    data = parts(weight.data, first)
+    scales = (None, None) if weight.scale is None else parts(weight.scale, first // 128)
+    one, other = (
+        Weight(weight.name, tuple(codes.shape), weight.format, codes, scale)
+        for codes, scale in zip(data, scales, strict=True)
+    )
+    return one, other
 
 
 class Indexer:

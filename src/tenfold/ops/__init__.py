@@ -341,7 +341,12 @@ class BatchOps(Ops, Protocol):
 
 
 class FusedOps(BatchOps, Protocol):
-    """What a backend offers beside for passes of one token each, where the number of launches sets the pace."""
+    """What a backend offers beside for passes of one token each, where the number of launches sets the pace.
+
+    `reads_codes`: products with stored codes round activations to bf16 at most, so nothing is gained by unpacking them.
+    """
+
+    reads_codes: bool
 
     def norm_linear_each(self, x: Tensor, norm: Weight, eps: float, stack: Stack) -> tuple[Tensor, ...]:
         """`linear_each` of x normed as by `rms_norm`."""

@@ -45,7 +45,7 @@ def official(spec: TensorSpec) -> WeightFormat:
 
 
 def loaded(spec: TensorSpec) -> WeightFormat:
-    """As this engine keeps a published checkpoint: only V3.2's kv_b_proj, which is carried over, is unpacked."""
+    """As this engine keeps a published checkpoint: only V3.2's kv_b_proj, carried over, is unpacked (not on a GPU)."""
     return F32 if spec.name.endswith("kv_b_proj.weight") else spec.formats[0]
 
 

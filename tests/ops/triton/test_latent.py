@@ -8,9 +8,20 @@ pytest.importorskip("triton")
 
 import torch
 from tests.ops.cases import f32, randn
+from tests.ops.test_cpu_linear import weight
 from tests.ops.triton.card import DEVICE, to_card
 
-from tenfold.formats import exact_layout, index_key_fp8, kv_row_v32
+from tenfold.formats import (
+    BF16,
+    F32,
+    FP8_BLOCK,
+    FP8_BLOCK_F32,
+    WeightFormat,
+    exact_layout,
+    index_key_fp8,
+    kv_row_v32,
+)
+from tenfold.models.deepseek_v32 import split_by_head
 from tenfold.ops import reference
 from tenfold.ops.triton import latent
 
@@ -75,6 +86,18 @@ def test_all_of_a_layer_enters_at_once(
             wanted = reference.unpack_rows(packed[i], one)
             assert exact or (found != wanted).float().mean() < 0.02
             torch.testing.assert_close(found, wanted, rtol=1e-5 if exact else 0.14, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", [F32, BF16, FP8_BLOCK, FP8_BLOCK_F32], ids=lambda form: form.name)
+def test_absorbed_matrices_keep_their_codes(form: WeightFormat) -> None:
+    """Of three heads, 256 channels of a key and 128 of a value out of 384."""
+    whole = weight(form, 3 * 384, 384)
+    head = reference.dequantize(whole).view(3, 384, 384)
+    k_up, v_up = split_by_head(whole, 3, 256)
+    assert k_up.format is v_up.format is form
+    assert (k_up.shape, v_up.shape) == ((3 * 384, 256), (3 * 128, 384))
+    assert torch.equal(reference.dequantize(k_up), head[:, :256].transpose(1, 2).reshape(-1, 256))
+    assert torch.equal(reference.dequantize(v_up), head[:, 256:].reshape(-1, 384))
 
 
 def test_nobody_and_what_does_not_fit() -> None:

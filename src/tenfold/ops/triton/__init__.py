@@ -46,6 +46,7 @@ __all__ = ["Triton"]
 class Triton:
     """The operations on one device. `exact` multiplies activations unrounded."""
 
+    reads_codes = True
     embed = staticmethod(compress.embed)
     rms_norm = staticmethod(rows.rms_norm)
     layer_norm = staticmethod(rows.layer_norm)
