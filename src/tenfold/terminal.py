@@ -39,8 +39,8 @@ def duration_text(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-_DOUBT = 0.05
-"""How far the expected costs are trusted: they count as much as chunks that lie spread over a third of the read."""
+_DOUBT = 0.2
+"""How far the expected costs are trusted: they count as much as chunks that lie spread over three fifths of the read."""
 
 
 class ReadingClock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -23,8 +24,10 @@ __all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "
 
 
 _CPU = torch.device("cpu")
-_LEFT_BYTES = 4 << 20
-"""What tiles may leave between small blocks beyond what the first of a layer did."""
+_LEFT_BYTES = 16 << 20
+"""What tiles may leave between small blocks: as much as the plan has room for (tenfold/budget.py)."""
+_BETWEEN_S = 0.2
+"""To give it back costs some ten milliseconds with the pages that are taken anew: a twentieth of the time at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,9 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
     """
     tiles = step.tiles()
     by_tiles = len(tiles) > 1 and h.device == _CPU
+    shrunk_s = time.monotonic()
     for index, layer in enumerate(layers):
-        most_bytes = 0
+        most_bytes = anonymous_bytes() + _LEFT_BYTES if by_tiles else 0
         for place, (rows, tile) in enumerate(tiles):
             if len(tiles) == 1:
                 h = layer.forward(h, tile)
@@ -90,12 +94,12 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
                 h[rows] = layer.forward(h[rows], tile)
             if step.pace is not None:
                 step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
-            if by_tiles and place == 0:
-                most_bytes = anonymous_bytes() + _LEFT_BYTES
-            elif by_tiles and anonymous_bytes() > most_bytes:
+            if not by_tiles:
+                continue
+            last = place + 1 == len(tiles)
+            if last or (time.monotonic() - shrunk_s > _BETWEEN_S and anonymous_bytes() > most_bytes):
                 shrink_heap()  # what tiles leave between small blocks adds up, in some processes and not in others
-        if by_tiles:
-            shrink_heap()
+                shrunk_s = time.monotonic()
     return h
 
 
