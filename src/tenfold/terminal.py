@@ -40,7 +40,7 @@ def duration_text(seconds: float) -> str:
 
 
 _DOUBT = 0.2
-"""How far the expected costs are trusted: they count as much as chunks that lie spread over three fifths of the read."""
+"""How far the expected costs are trusted: as much as chunks spread over three fifths of the read."""
 
 
 class ReadingClock:
