@@ -28,7 +28,8 @@ TOKENIZER = Tokenizer.load(config.locate("tiny-v4-flash"))
 def job(name: str, schema: Any = None, **sampling: Any) -> Job:
     prompt = (0, *TOKENIZER.encode("The PRAGMA statement in JSON: "))
     constraint = None if schema is None else Constraint("json", json.dumps(schema))
-    return Job(name, "client", "", prompt, {"temperature": 1.0, "max_tokens": 120, **sampling}, constraint)
+    sampling = {"temperature": 1.0, "max_tokens": 120, "logprobs": 0, **sampling}
+    return Job(name, "client", "", prompt, sampling, constraint)
 
 
 def answers(*jobs: Job) -> list[list[Event]]:
@@ -52,7 +53,7 @@ def answers(*jobs: Job) -> list[list[Event]]:
 
 def written(events: list[Event]) -> str:
     tokens = [token for event in events if isinstance(event, Tokens) for token in event.tokens]
-    assert all(token.logprob <= 0 for token in tokens), "as the model gave them, not as they were masked"
+    assert all(token.logprob is not None and token.logprob <= 0 for token in tokens), "the model's own, not the masked"
     return TOKENIZER.decode(token.id for token in tokens)
 
 

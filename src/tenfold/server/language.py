@@ -249,9 +249,9 @@ class Choice:
             text = self._detokenizer.push(token.id)
             self._count(text)
             if self._logprobs:
-                chunks += self._processor.push(
-                    recipe.InferenceChunk.tokens([token.id], [(token.logprob, list(token.top))])
-                )
+                assert token.logprob is not None  # the job asked for it
+                probable = [(token.logprob, list(token.top))]
+                chunks += self._processor.push(recipe.InferenceChunk.tokens([token.id], probable))
             else:
                 chunks += self._say(text, 1)
             self.over = self.over or self._processor.finished

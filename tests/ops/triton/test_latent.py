@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("triton")
@@ -50,9 +52,8 @@ def test_all_of_a_layer_enters_at_once(
     rows, keys = (torch.zeros(3, 12, one.row_bytes, dtype=torch.uint8, device=DEVICE) for one in (layout, key_layout))
     addresses = [torch.tensor([one.data_ptr() for one in some]).to(DEVICE) for some in (rows, keys)]
     given = map(to_card, (q, q_index, row, key, norm, key_norm, bias))
-    queries, met = latent.enter_latent(
-        *given, EPS, to_card(POSITIONS), to_card(turns), addresses[0], layout, addresses[1], key_layout, not exact
-    )
+    rest: Any = (EPS, to_card(POSITIONS), to_card(turns), addresses[0], layout, addresses[1], key_layout, not exact)
+    queries, met = latent.enter_latent(*given, *rest)
 
     assert queries.shape == (3, heads, wide + 2 * pairs)
     tail = reference.rope(q[..., nope:], POSITIONS, turns)
@@ -106,10 +107,18 @@ def test_nobody_and_what_does_not_fit() -> None:
     nobody = torch.empty(0, dtype=torch.int64)
 
     def enter(q: int, key: int, frequencies: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return latent.enter_latent(
-            *map(to_card, (randn(0, 2, q), randn(0, 3, 32), randn(0, 112), randn(0, key), norm, key_norm, key_norm)),
-            EPS, to_card(nobody), to_card(frequencies), to_card(nobody), layout, to_card(nobody), key_layout, True,
-        )  # fmt: skip
+        given = (randn(0, 2, q), randn(0, 3, 32), randn(0, 112), randn(0, key), norm, key_norm, key_norm)
+        rest: Any = (
+            EPS,
+            to_card(nobody),
+            to_card(frequencies),
+            to_card(nobody),
+            layout,
+            to_card(nobody),
+            key_layout,
+            True,
+        )
+        return latent.enter_latent(*map(to_card, given), *rest)
 
     queries, met = enter(40, 32, turns)
     assert (queries.shape, met.shape) == ((0, 2, 112), (0, 3, 32))
