@@ -21,7 +21,8 @@ from tenfold.quantise import quantize
 T = 1000
 SIZES = (0, 1, 3, 31, 33, 127, 129, 1000)
 TIES = {"route": 1, "select_rows": 1, "norm_rope_pack": 20, "rope_round": 20}
-NOT_OF_ROWS = {"compress_step", "dequantize", "prepare", "record", "store_rows"}  # see also test_cpu_sessions.py
+# See also test_cpu_sessions.py.
+NOT_OF_ROWS = {"compress_step", "dequantize", "prepare", "record", "recordings", "store_rows"}
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
