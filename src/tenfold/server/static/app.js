@@ -14,8 +14,8 @@ const KEY = "tenfold-key";
 const INTERRUPTED = "The page was closed before the answer was complete.";
 
 const announcer = new Announcer(at("said"));
-const panel = new Panel(() => at("key").value.trim());
 const conversations = await Conversations.open();
+const panel = new Panel(() => at("key").value.trim()); // behind the wait: who sees the model named can send
 const transcripts = new Map(); // conversation -> Transcript, kept while answers come in several
 const running = new Map(); // conversation -> {controller, figures}
 const attached = []; // documents of the next message
