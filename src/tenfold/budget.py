@@ -13,7 +13,7 @@ from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
 from tenfold.errors import DoesNotFit
 from tenfold.formats import exact_layout
 
-__all__ = ["Budget", "Need", "fit", "gpu_session_bytes", "longest", "shared_tile_tokens", "stream_bytes"]
+__all__ = ["SLACK_BYTES", "Budget", "Need", "fit", "gpu_session_bytes", "longest", "shared_tile_tokens", "stream_bytes"]
 
 _MOST_CHUNK_TOKENS = 65536
 _LEAST_TILE_TOKENS, _MOST_TILE_TOKENS = 32, 2048
@@ -25,7 +25,7 @@ _PATIENCE_S = 0.9
 _ID_BYTES = 3 * 4
 """A token id as the session keeps it, as the caller holds it, and of what is left to read."""
 _MOST_KERNEL_SCRATCH_BYTES = 64 << 20
-_SLACK_BYTES = 16 << 20
+SLACK_BYTES = 16 << 20
 """What the allocator keeps of freed memory until a layer ends, as measured: 7 to 30 MB, most often some 16."""
 _GPU_TILE_TOKENS = 4096
 _LEAST_GPU_TILE_TOKENS = 512
@@ -189,8 +189,8 @@ def _scratch_bytes(config: ModelConfig, tile: int, on_gpu: bool) -> int:
     residual, attention = (4 * numbers * tile for numbers in _token_numbers(config))
     routed = 4 * tile * config.num_experts_per_tok * width
     if on_gpu:
-        return residual + attention + min(routed, _GPU_SCRATCH_BYTES) + _SLACK_BYTES
-    return residual + max(attention, min(routed, _MOST_KERNEL_SCRATCH_BYTES)) + _SLACK_BYTES
+        return residual + attention + min(routed, _GPU_SCRATCH_BYTES) + SLACK_BYTES
+    return residual + max(attention, min(routed, _MOST_KERNEL_SCRATCH_BYTES)) + SLACK_BYTES
 
 
 def _token_numbers(config: ModelConfig) -> tuple[int, int]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tenfold.config import RopeSpec
+from tenfold.budget import SLACK_BYTES
+from tenfold.config import LayerSpec, RopeSpec
 from tenfold.formats import RowLayout, exact_layout
 from tenfold.machine import anonymous_bytes, shrink_heap
 from tenfold.ops import BatchOps, Experts, FusedOps, Ops, Rows, Weight
@@ -20,12 +21,10 @@ from tenfold.step import BatchSpan, Span, Step
 from tenfold.streams import GrowingRows
 from tenfold.tables import TableRows
 
-__all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "through_layers"]
+__all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "select_fused", "through_layers"]
 
 
 _CPU = torch.device("cpu")
-_LEFT_BYTES = 16 << 20
-"""What tiles may leave between small blocks: as much as the plan has room for (tenfold/budget.py)."""
 _BETWEEN_S = 0.2
 """To give it back costs some ten milliseconds with the pages that are taken anew: a twentieth of the time at most."""
 
@@ -86,7 +85,7 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
     by_tiles = len(tiles) > 1 and h.device == _CPU
     shrunk_s = time.monotonic()
     for index, layer in enumerate(layers):
-        most_bytes = anonymous_bytes() + _LEFT_BYTES if by_tiles else 0
+        most_bytes = anonymous_bytes() + SLACK_BYTES if by_tiles else 0
         for place, (rows, tile) in enumerate(tiles):
             if len(tiles) == 1:
                 h = layer.forward(h, tile)
@@ -151,6 +150,15 @@ def select(
         return pad(rows, (0, min(topk, keys.count) - rows.shape[1]), value=-1)
 
     return step.in_parts(n, 2 * keys.count * heads * dim, run)
+
+
+def select_fused(
+    one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan, layer: LayerSpec, topk: int, factor: float
+) -> Tensor:
+    """The rows a batch attends to, whose keys are in the streams, of queries as they meet keys (spec 2.5)."""
+    keys = batch.streams.rows(layer.index, "index_keys")
+    _, visible = batch.entries(layer.ratio)
+    return one.select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most, factor=factor)
 
 
 def rope_frequencies(spec: RopeSpec) -> Tensor:

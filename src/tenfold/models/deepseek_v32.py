@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32
-from tenfold.models.blocks import Binder, attend, fused, select, through_layers
+from tenfold.models.blocks import Binder, attend, fused, select, select_fused, through_layers
 from tenfold.ops import FusedOps, Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
 
@@ -195,10 +195,7 @@ class Indexer:
 
     def select_fused(self, one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan) -> Tensor:
         """The same for a batch, whose keys are in the streams, of queries as `enter_latent` makes them."""
-        keys = batch.streams.rows(self.layer.index, "index_keys")
-        _, visible = batch.entries(1)
-        topk = self.config.index_topk
-        return one.select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most, factor=self.factor)
+        return select_fused(one, q, weights, batch, self.layer, self.config.index_topk, self.factor)
 
     def _rotated(self, x: Tensor, step: Step) -> Tensor:
         """The rope channels come FIRST here and pair (i, i + rope/2), unlike everywhere else (trap 10)."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
 from tenfold.errors import CheckpointError
-from tenfold.models.blocks import Binder, attend, fused, select, through_layers
+from tenfold.models.blocks import Binder, attend, fused, select, select_fused, through_layers
 from tenfold.ops import FusedOps, Group, Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
 
@@ -306,9 +306,7 @@ class Indexer:
 
     def select_fused(self, one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan) -> Tensor:
         """The same for a batch, whose keys are in the streams, of queries as `enter` makes them."""
-        keys, topk = batch.streams.rows(self.layer.index, "index_keys"), self.config.index_topk
-        _, visible = batch.entries(self.layer.ratio)
-        return one.select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most, factor=self.factor)
+        return select_fused(one, q, weights, batch, self.layer, self.config.index_topk, self.factor)
 
 
 class MoE:
