@@ -507,6 +507,7 @@ def test_int8_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512 with VNNI")
 def test_two_rows_side_by_side_have_the_bits_of_one() -> None:
+    """But for MXFP4 by int8 activations, where both widths sum the same exact products of blocks in another order."""
     for form in FORMATS:
         for out, columns in ((1, 32), (5, 96), (139, 1056)):
             w = weight(form, out, columns)
@@ -514,7 +515,10 @@ def test_two_rows_side_by_side_have_the_bits_of_one() -> None:
                 x = rows(n, columns)
                 for int8 in (False, True):
                     wide, narrow = (cpu_linear.linear(x, w, int8=int8, isa=isa) for isa in ("avx512", "avx2"))
-                    assert torch.equal(wide, narrow)
+                    if int8 and form is MXFP4:
+                        assert float((wide - narrow).abs().max() / narrow.abs().max()) < 1e-6
+                    else:
+                        assert torch.equal(wide, narrow)
 
 
 def test_the_builds_agree() -> None:

@@ -1,9 +1,10 @@
 """The law: every operation in plain torch, float32, readable. Knows nothing of layers, sessions or speed.
 
 Other backends are compared with these functions. A row's result does not depend on the rows computed with it, to
-the last bit, so any chunking of a prompt gives the same result. Three habits see to that: matrix products run on a
-multiple of `_ROW_ALIGN` rows, sums over gathered rows go in blocks of `_BLOCK_ROWS`, and sigmoid, SiLU and softplus
-are spelt out, since torch's own round differently at the end of a tensor.
+the last bit, so any chunking of a prompt gives the same result. Three habits see to that: matrix products run on
+tiles of `_TILE_ROWS` rows (how libraries split the product of all rows depends on their number), sums over gathered
+rows go in blocks of `_BLOCK_ROWS`, and sigmoid, SiLU and softplus are spelt out, since torch's own round differently
+at the end of a tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional
 from tenfold.formats import BF16, E2M1_VALUES, F32, FP8_BLOCK, FP8_BLOCK_F32, I64, MXFP4, RowLayout
 from tenfold.ops import Experts, Rows, Stack, Weight
 
-_ROW_ALIGN = 8
+_TILE_ROWS = 16  # fewer, and MKL's order of summation depends on where in the tile a row lies
 _KEY_ALIGN = 16  # a score must not depend on how many keys are scored with it
 _TILE_NUMBERS = 1 << 24  # float32 numbers of scratch a tile may take: 64 MiB
 _BLOCK_ROWS = 64
@@ -85,9 +86,8 @@ def _e2m1_pairs() -> Tensor:
 def _matmul(x: Tensor, dense: Tensor) -> Tensor:
     """x [n, in] times dense [out, in] transposed -> [n, out]."""
     n = x.shape[0]
-    if n % _ROW_ALIGN:
-        x = functional.pad(x, (0, 0, 0, -n % _ROW_ALIGN))
-    return (x @ dense.t())[:n]
+    tiles = functional.pad(x, (0, 0, 0, -n % _TILE_ROWS)).view(-1, _TILE_ROWS, x.shape[1])
+    return _batched_matmul(tiles, dense.t().expand(len(tiles), -1, -1)).flatten(0, 1)[:n]
 
 
 def _batched_matmul(a: Tensor, b: Tensor) -> Tensor:
