@@ -17,14 +17,21 @@ struct Build {
 };
 
 // Best first.
-const Build builds[] = {
 #ifdef TENFOLD_BUILT_AVX512
-    {"avx512", avx512::kernels,
-     [] {
-         const CpuFeatures& cpu = cpu_features();
-         return cpu.avx2 && cpu.fma && cpu.f16c && cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl &&
-                cpu.avx512_vnni;
-     }},
+bool runs_avx512() {
+    const CpuFeatures& cpu = cpu_features();
+    return cpu.avx2 && cpu.fma && cpu.f16c && cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl &&
+           cpu.avx512_vnni;
+}
+#endif
+
+const Build builds[] = {
+#ifdef TENFOLD_BUILT_AMX
+    {"amx", amx::kernels,
+     [] { return runs_avx512() && cpu_features().amx_tile && cpu_features().amx_int8; }},
+#endif
+#ifdef TENFOLD_BUILT_AVX512
+    {"avx512", avx512::kernels, runs_avx512},
 #endif
 #ifdef TENFOLD_BUILT_AVX2
     {"avx2", avx2::kernels,

@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #define TENFOLD_X86 1
 #endif
 
@@ -30,10 +34,20 @@ uint64_t saved_register_files() {
     return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// Linux saves the 8 KB of tiles for processes that ask for it, once and for all of their threads.
+bool may_use_tiles() {
+#ifdef __linux__
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
 bool has(uint32_t word, int bit) { return ((word >> bit) & 1U) != 0; }
 
 CpuFeatures probe() {
-    constexpr uint64_t ymm_state = 0x06, zmm_state = 0xe6;
+    constexpr uint64_t ymm_state = 0x06, zmm_state = 0xe6, tile_state = 0x60000;
     const Registers basic = cpuid(1);
     const Registers extended = cpuid(7);
     const uint64_t saved = has(basic.ecx, 27) ? saved_register_files() : 0;  // bit 27: xgetbv may be used
@@ -50,6 +64,9 @@ CpuFeatures probe() {
     found.avx512dq = zmm && has(extended.ebx, 17);
     found.avx512vl = zmm && has(extended.ebx, 31);
     found.avx512_vnni = zmm && has(extended.ecx, 11);
+    const bool tiles = (saved & tile_state) == tile_state && has(extended.edx, 24) && may_use_tiles();
+    found.amx_tile = tiles;
+    found.amx_int8 = tiles && has(extended.edx, 25);
     return found;
 }
 
@@ -75,6 +92,8 @@ std::string join(const CpuFeatures& found) {
     add(found.avx512dq, "avx512dq");
     add(found.avx512vl, "avx512vl");
     add(found.avx512_vnni, "avx512_vnni");
+    add(found.amx_tile, "amx_tile");
+    add(found.amx_int8, "amx_int8");
     return names;
 }
 

@@ -14,6 +14,8 @@ struct CpuFeatures {
     bool avx512dq = false;
     bool avx512vl = false;
     bool avx512_vnni = false;
+    bool amx_tile = false;
+    bool amx_int8 = false;
 };
 
 // Probes once; an extension counts only if the operating system saves its registers.

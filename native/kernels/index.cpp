@@ -4,6 +4,7 @@
 // has, so no scores are kept. Two ways to a dot product: where keys are e2m1 and a query lies on a grid as coarse
 // (as deployed numerics see to), whole numbers of eight bits, which is exact; else float32.
 #include "decode_row.hpp"
+#include "index_amx.hpp"
 #include "kernels.hpp"
 #include "scratch.hpp"
 
@@ -14,7 +15,7 @@ constexpr int64_t group = 4;         // heads that go through the inner loops to
 constexpr int64_t chunk_keys = 96;   // keys unpacked at a time: 12 KB as bytes, 48 KB as float32, of 128 channels
 constexpr int64_t float_keys = 24;   // keys of an inner loop over float32
 constexpr int64_t byte_keys = 16;    // keys of a tile of bytes; two tiles are scored at a time
-constexpr int64_t most_queries = 16;
+constexpr int64_t most_queries = 64;  // of a tile, for which keys are unpacked once
 
 // ------------------------------------------------------------------------------------------ the best rows
 
@@ -283,6 +284,70 @@ void spread_bytes(const uint8_t* const* rows, const RowLayout& layout, int64_t h
     }
 }
 
+#ifdef __AVX512VNNI__
+
+// sums[h] += head h . key over a block of 32 channels, for two tiles of 16 keys.
+template <int Heads>
+inline __attribute__((always_inline)) void add_block(const ByteKeys& keys, int64_t block, const uint8_t* bytes,
+                                                     int64_t dim, const float* scales, __m512 (*sums)[2]) {
+    const int64_t blocks = dim / 32;
+    const __m512i ones = _mm512_set1_epi16(1);
+    __m512i dots[Heads][2];
+    for (int t = 0; t < 2; ++t) {
+        const int16_t* const correction = keys.correction + (t * blocks + block) * byte_keys * 2;
+        const __m512i start = _mm512_madd_epi16(_mm512_load_si512(correction), ones);
+        for (int h = 0; h < Heads; ++h) dots[h][t] = start;
+    }
+    for (int i = 0; i < 8; ++i) {
+        const int8_t* const words = keys.words + (8 * block + i) * byte_keys * 4;
+        const __m512i key[2] = {_mm512_load_si512(words), _mm512_load_si512(words + byte_keys * dim)};
+        for (int h = 0; h < Heads; ++h) {
+            int32_t word;
+            __builtin_memcpy(&word, bytes + h * dim + 4 * i, 4);
+            const __m512i four = _mm512_set1_epi32(word);
+            for (int t = 0; t < 2; ++t) dots[h][t] = _mm512_dpbusd_epi32(dots[h][t], four, key[t]);
+        }
+    }
+    for (int t = 0; t < 2; ++t) {
+        const __m512 key_scale = _mm512_load_ps(keys.scales + (t * blocks + block) * byte_keys);
+        for (int h = 0; h < Heads; ++h) {
+            const __m512 scale = _mm512_mul_ps(key_scale, _mm512_set1_ps(scales[h * blocks]));
+            sums[h][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[h][t]), scale, sums[h][t]);
+        }
+    }
+}
+
+// The scores of two tiles, `Heads` heads at a time; the same sums in the same order as with AVX2.
+template <int Heads>
+void score_bytes(const ByteQuery& query, const float* weights, int64_t heads, int64_t dim, const ByteKeys& keys,
+                 float* scores) {
+    const int64_t blocks = dim / 32;
+    __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t head = 0; head < heads; head += Heads) {
+        __m512 sums[Heads][2];
+        for (auto& of_head : sums) of_head[0] = of_head[1] = _mm512_setzero_ps();
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* const bytes = query.bytes + head * dim + 32 * b;
+            add_block<Heads>(keys, b, bytes, dim, query.scales + head * blocks + b, sums);
+        }
+        for (int h = 0; h < Heads; ++h) {
+            const __m512 weight = _mm512_set1_ps(weights[head + h]);
+            for (int t = 0; t < 2; ++t) {
+                total[t] = _mm512_fmadd_ps(_mm512_max_ps(sums[h][t], _mm512_setzero_ps()), weight, total[t]);
+            }
+        }
+    }
+    for (int t = 0; t < 2; ++t) _mm512_storeu_ps(scores + byte_keys * t, total[t]);
+}
+
+void score_two_tiles(const ByteQuery& query, const float* weights, int64_t heads, int64_t dim, const ByteKeys& keys,
+                     float* scores) {
+    if (heads <= 2) return score_bytes<2>(query, weights, heads, dim, keys, scores);
+    score_bytes<group>(query, weights, heads, dim, keys, scores);
+}
+
+#else
+
 // Loaded once: the compiler would read a key again for every head, and loads, not products, would set the pace.
 inline __m256i in_register(__m256i x) {
     __asm__("" : "+x"(x));
@@ -371,6 +436,8 @@ void score_two_tiles(const ByteQuery& query, const float* weights, int64_t heads
     score_bytes<group, 1>(query, weights, heads, dim, second, scores + byte_keys);
 }
 
+#endif
+
 bool has_byte_keys(const RowLayout& layout) {
     return layout.code_bits == 4 && layout.block == 32 && layout.coded % 64 == 0 && layout.plain == 0 &&
            layout.scale_bytes == 1;
@@ -400,10 +467,95 @@ struct Call {
     uint64_t* part_ranks;  // [n][parts][k], for more than one part
     int64_t* part_counts;  // [n][parts]
 
+    // Unpacking a key costs what ten heads' scores of it do, so few heads share it among more queries.
+    static int64_t most_queries_of(int64_t heads) { return heads <= 8 ? most_queries : most_queries / 4; }
+
     int64_t padded_heads() const { return round_up(heads, group); }
     int64_t stride() const { return round_up(dim, 8); }
     int64_t key_bytes() const { return chunk_keys * dim; }
 };
+
+#ifdef __AMX_INT8__
+
+// A tile of queries as matrices. What does not fit that is left to the other ways: a query or a chunk of keys.
+class Matrices {
+public:
+    static int64_t bytes(const Call& c) {
+        if (!fits(c)) return 0;
+        const int64_t heads = round_up(c.tile * c.heads, tile_side);
+        return Scratch::bytes_of<int8_t>(heads * folded_dim) + Scratch::bytes_of<float>(heads) +
+               Scratch::bytes_of<int8_t>(chunk_keys * folded_dim) + Scratch::bytes_of<float>(chunk_keys) +
+               Scratch::bytes_of<float>(c.tile * chunk_keys);
+    }
+
+    Matrices(Scratch& scratch, const Call& c) : call_(c), fits_(fits(c)) {
+        if (!fits_) return;
+        const int64_t heads = round_up(c.tile * c.heads, tile_side);
+        queries_ = {scratch.take<int8_t>(heads * folded_dim), scratch.take<float>(heads)};
+        keys_ = {scratch.take<int8_t>(chunk_keys * folded_dim), scratch.take<float>(chunk_keys)};
+        scores_ = scratch.take<float>(c.tile * chunk_keys);
+    }
+
+    // Query i of the tile, of which `to_bytes` made `from`.
+    void begin(int64_t i, const ByteQuery& from, bool exact, const float* weights) {
+        if (!fits_) return;
+        has_[i] = exact;
+        for (int64_t h = 0; has_[i] && h < call_.heads; ++h) {
+            const int64_t row = i * call_.heads + h;
+            has_[i] = fold_head(from.bytes + h * folded_dim, from.scales + h * (folded_dim / 32), weights[h],
+                                queries_.bytes + row * folded_dim, queries_.weights + row);
+        }
+    }
+
+    // Scores a chunk of `num_keys` keys for the first `count` queries.
+    void score(const uint8_t* rows, int64_t num_keys, int64_t count) {
+        scored_ = fits_;
+        for (int64_t key = 0; scored_ && key < num_keys; key += tile_side) {
+            const int64_t rest = num_keys - key < tile_side ? num_keys - key : tile_side;
+            const uint8_t* packed[tile_side];
+            for (int64_t j = 0; j < tile_side; ++j) {
+                packed[j] = rows + (key + (j < rest ? j : 0)) * call_.layout.row_bytes;
+            }
+            scored_ = fold_keys(packed, call_.layout, rest, {keys_.words + key * folded_dim, keys_.scales + key});
+        }
+        if (!scored_) return;
+        score_folded(queries_, count * call_.heads, call_.heads, keys_, num_keys, scores_, chunk_keys);
+    }
+
+    // The scores of query i, the keys' scales applied; null where another way has to find them.
+    const float* scores_of(int64_t i, int64_t num_keys) const {
+        if (!scored_ || !has_[i]) return nullptr;
+        float* const scores = scores_ + i * chunk_keys;
+        for (int64_t key = 0; key < num_keys; key += tile_side) {
+            const __m512 scale = _mm512_load_ps(keys_.scales + key);
+            _mm512_store_ps(scores + key, _mm512_mul_ps(_mm512_load_ps(scores + key), scale));
+        }
+        return scores;
+    }
+
+private:
+    static bool fits(const Call& c) { return has_byte_keys(c.layout) && c.dim == folded_dim; }
+
+    const Call& call_;
+    bool fits_, scored_ = false;
+    bool has_[most_queries] = {};
+    FoldedQuery queries_ = {};
+    FoldedKeys keys_ = {};
+    float* scores_ = nullptr;
+    Tiles tiles_;
+};
+
+#else
+
+struct Matrices {
+    static int64_t bytes(const Call&) { return 0; }
+    Matrices(Scratch&, const Call&) {}
+    void begin(int64_t, const ByteQuery&, bool, const float*) {}
+    void score(const uint8_t*, int64_t, int64_t) {}
+    const float* scores_of(int64_t, int64_t) const { return nullptr; }
+};
+
+#endif
 
 struct Worker {
     const Call& call;
@@ -416,6 +568,7 @@ struct Worker {
     uint8_t* no_key;
     uint64_t *ranks, *sorted;
     float* scores;
+    Matrices matrices;
     Best best[most_queries] = {};
     bool exact[most_queries] = {};  // on the bytes' grid
 
@@ -427,7 +580,8 @@ struct Worker {
                Scratch::bytes_of<float>(c.key_bytes() / 32) + Scratch::bytes_of<uint8_t>(heads * c.dim) +
                Scratch::bytes_of<float>(heads * c.dim / 32) + Scratch::bytes_of<uint8_t>(c.layout.row_bytes) +
                Scratch::bytes_of<uint64_t>(c.tile * Best::capacity(c.k)) +
-               Scratch::bytes_of<uint64_t>(Best::capacity(c.k)) + Scratch::bytes_of<float>(chunk_keys);
+               Scratch::bytes_of<uint64_t>(Best::capacity(c.k)) + Scratch::bytes_of<float>(chunk_keys) +
+               Matrices::bytes(c);
     }
 
     Worker(Scratch& scratch, const Call& c)
@@ -443,7 +597,8 @@ struct Worker {
           no_key(scratch.take<uint8_t>(c.layout.row_bytes)),
           ranks(scratch.take<uint64_t>(c.tile * Best::capacity(c.k))),
           sorted(scratch.take<uint64_t>(Best::capacity(c.k))),
-          scores(scratch.take<float>(chunk_keys)) {}
+          scores(scratch.take<float>(chunk_keys)),
+          matrices(scratch, c) {}
 
     ByteQuery byte_query_of(int64_t i) const {
         const int64_t head = i * call.padded_heads();
@@ -485,6 +640,7 @@ struct Worker {
         for (int64_t b = 0; exact[i] && b < call.heads * blocks; ++b) {
             exact[i] = to_bytes(from + b * 32, to.bytes + b * 32, to.scales + b);
         }
+        matrices.begin(i, to, exact[i], weights + i * heads);
         if (exact[i]) return;
         for (int64_t h = 0; h < call.heads; ++h) {
             float* const head = q + (i * heads + h) * call.stride();
@@ -493,13 +649,22 @@ struct Worker {
     }
 
     void score_chunk(int64_t first_key, int64_t last_key, int64_t first, int64_t count) {
-        bool unpacked[2] = {false, false};
+        bool unpacked[2] = {false, false}, as_matrices = false;
         for (int64_t i = 0; i < count; ++i) {
             const int64_t rest = call.visible[first + i] - first_key;
             if (takes_all(first + i) || rest <= 0) continue;
+            const int64_t seen = rest < chunk_keys ? rest : chunk_keys;
+            if (!as_matrices) {
+                const int64_t num_keys = last_key - first_key < chunk_keys ? last_key - first_key : chunk_keys;
+                matrices.score(call.keys + first_key * call.layout.row_bytes, num_keys, count);
+                as_matrices = true;
+            }
+            if (const float* const found = matrices.scores_of(i, seen)) {
+                best[i].add(found, seen, first_key);
+                continue;
+            }
             if (!unpacked[exact[i]]) unpack(first_key, last_key, exact[i]);
             unpacked[exact[i]] = true;
-            const int64_t seen = rest < chunk_keys ? rest : chunk_keys;
             if (exact[i]) score_as_bytes(i, seen);
             else score_as_floats(i, seen);
             best[i].add(scores, seen, first_key);
@@ -583,8 +748,9 @@ void select_rows(const float* q, const float* weights, const uint8_t* keys, cons
     for (int64_t row = 0; row < n; ++row) scored += visible[row] > k ? visible[row] : 0;
     if (scored * heads * dim < 1 << 18) threads = 1;  // some 5 us: not worth a fork
     const int64_t even = (n + 4 * threads - 1) / (4 * threads), parts = n < threads ? threads : 1;
-    Call call{q, weights, keys, *layout, visible, out, n, heads, dim, k, even < most_queries ? even : most_queries,
-              parts, nullptr, nullptr};
+    const int64_t most = Call::most_queries_of(heads);
+    Call call{q, weights, keys, *layout, visible, out, n, heads, dim, k, even < most ? even : most, parts, nullptr,
+              nullptr};
     const int64_t slots = parts == 1 ? 0 : n * parts;
     Scratch shared(Scratch::bytes_of<uint64_t>(slots * k) + Scratch::bytes_of<int64_t>(slots));
     call.part_ranks = shared.take<uint64_t>(slots * k);

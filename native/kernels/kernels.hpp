@@ -22,6 +22,11 @@ struct Kernel {
 namespace scalar {
 extern const Kernel kernels[];
 }
+#ifdef TENFOLD_BUILT_AMX
+namespace amx {
+extern const Kernel kernels[];
+}
+#endif
 #ifdef TENFOLD_BUILT_AVX512
 namespace avx512 {
 extern const Kernel kernels[];

@@ -272,6 +272,36 @@ def test_selection_among_keys_of_every_code(scale: int, rounded: bool, threads: 
         check_selection(cpu_attention.select_rows(q, weights, keys, layout, visible, topk), exact, visible, topk)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 3, 16, 17, 64])
+def test_selection_by_whole_numbers_is_the_same_in_every_build(
+    heads: int, isa: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies too far apart for one scale a row: blocks of a key or of a query, a weight near nothing."""
+    if isa == "scalar":
+        pytest.skip("sums of float32 in another order")
+    layout, n = index_key_fp4(128), 70
+    keys = packed(1000, layout)
+    keys[300:400, layout.scale_offset] += 3
+    keys[500:520, layout.scale_offset + 3] += 4
+    keys[700, layout.scale_offset + 1] = 255
+    keys[800:, layout.scale_offset : layout.scale_offset + 4] = 130
+    keys[801::2, layout.scale_offset : layout.scale_offset + 4] = 40
+    q, weights, visible = random(n, heads, 128), random(n, heads), torch.linspace(1000, 31, n).long()
+    q[3, :, :32] *= 2**3
+    q[4, :, 32:64] *= 2**6
+    q[5, -1] = 0.0
+    q[6, 0, 64:96] = 0.0
+    q[7] *= 2.0**-60
+    weights[8], weights[9], weights[10, 0] = 0.0, 1e-30, 1e-30
+    q = deployed(q, layout)
+    for topk in (1, 30, 700):
+        mine = cpu_attention.select_rows(q, weights, keys, layout, visible, topk)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_attention, "_kernel", lambda name: _native._kernel(name, "avx2"))
+            theirs = cpu_attention.select_rows(q, weights, keys, layout, visible, topk)
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("count", [1, 3, 31, 33, 127, 129, 1000])
 def test_selection_by_and_among_odd_numbers_of_rows(count: int, threads: int) -> None:
     layout = index_key_fp4(64)
