@@ -20,7 +20,6 @@ import torch
 
 from tenfold.contexts import pretend
 from tenfold.engine import Engine, Progress, Session
-from tenfold.planner.work import reading_cost
 from tenfold.store import Store
 from tenfold.terminal import ReadingClock
 
@@ -72,7 +71,7 @@ def walk(
         session = engine.session(min(lengths[-1] + _DECODE_STEPS, engine.config.max_position_embeddings))
         plan_bytes = _rss_bytes() + session.need.total_bytes - session.need.base_bytes
         clock = ReadingClock(lengths[-1])
-        clock.weigh(reading_cost(engine.config))
+        clock.weigh(engine.reading_cost())
         errors = _Predictions(clock)
         for length in lengths:
             done = session.length

@@ -10,7 +10,6 @@ from pathlib import Path
 from tenfold import charts, terminal
 from tenfold.bench import Frontier, frontiers, sample, walk
 from tenfold.engine import Engine
-from tenfold.planner.work import reading_cost
 from tenfold.terminal import bytes_text
 
 __all__ = ["draw", "name", "run", "write_csv"]
@@ -37,7 +36,7 @@ def run(
         engine = Engine.load(model, backend, "deployed", memory, store, threads=threads)
         figures = sample if sampled else walk
         with terminal.reading(longest) as clock:
-            clock.weigh(reading_cost(engine.config))
+            clock.weigh(engine.reading_cost())
             for frontier in figures(engine, frontiers(longest), progress=clock.advance):
                 found.append(frontier)
                 if not quiet:

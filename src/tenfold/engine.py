@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold import checkpoint, ops
+from tenfold import _native, checkpoint, ops
 from tenfold import config as configuration
 from tenfold.budget import Budget, Need, fit, gpu_session_bytes, longest, shared_tile_tokens
 from tenfold.config import ModelConfig
@@ -29,6 +29,7 @@ from tenfold.machine import Machine, anonymous_bytes, parse_bytes, shrink_heap, 
 from tenfold.models import Binder, Model, build
 from tenfold.placement import Placement, place
 from tenfold.planner import Work
+from tenfold.planner.work import reading_cost
 from tenfold.sampler import Sampled, Sampler, SamplingParams
 from tenfold.step import Pace, Span, Step
 from tenfold.store import Match, Store
@@ -173,6 +174,10 @@ class Engine:
         if self._counter is None:
             raise UsageError("this engine does not count; load it with count=True")
         return self._counter.counted
+
+    def reading_cost(self) -> Callable[[int], float]:
+        """What reading the tokens before a position costs, in proportion to the time it takes here."""
+        return reading_cost(self.config, _native.isa() if self.backend == "cpu" else self.backend)
 
     def session(self, context: int | None = None, space: str = "") -> Session:
         """A new, empty timeline for up to `context` tokens (default: the model's, or as many as fit the memory).

@@ -22,7 +22,6 @@ from tenfold.haystack import Haystack
 from tenfold.keeping import timeline_of
 from tenfold.needle import ANSWER_TOKENS, Fact
 from tenfold.needle_grid import Answers
-from tenfold.planner.work import reading_cost
 from tenfold.sampler import SamplingParams
 from tenfold.store import Store
 from tenfold.terminal import ReadingClock
@@ -98,7 +97,7 @@ class SessionReader:
         self._session = None  # the one before is gone before there is another
         self._session = session = self.engine.session(len(ids) + self._room_to_answer(facts))
         began = time.monotonic()
-        clock.weigh(reading_cost(self.engine.config))
+        clock.weigh(self.engine.reading_cost())
         reading = completion.read(session, ids, clock.advance, clock.begin)
         read = time.monotonic()
         with _forgetting(self.engine):

@@ -20,7 +20,6 @@ from tenfold.chat import Parser, Profile, message_of, render_ids
 from tenfold.completion import Completion, Reading
 from tenfold.engine import Engine, Session, checked_numerics, parse_bytes
 from tenfold.errors import StoreError, UsageError
-from tenfold.planner.work import reading_cost
 from tenfold.sampler import SamplingParams
 from tenfold.store import Store, default_folder
 from tenfold.terminal import ReadingClock
@@ -102,7 +101,7 @@ class Talk:
         """Brings the session to `ids`, with a progress bar."""
         self.session.check_fits(len(ids))
         with terminal.reading(len(ids)) as clock:
-            clock.weigh(reading_cost(self.engine.config))
+            clock.weigh(self.engine.reading_cost())
             self.reading = completion.read(self.session, ids, clock.advance, clock.begin)
         return clock
 

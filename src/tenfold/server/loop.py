@@ -20,7 +20,6 @@ import torch
 
 from tenfold.engine import Engine
 from tenfold.errors import DoesNotFit, RunError, TenfoldError, UsageError
-from tenfold.planner.work import reading_cost
 from tenfold.scheduler import Plan, Policy, QueueFull, Read, Scheduler
 from tenfold.server.task import ReadingPace, Task
 from tenfold.server.wire import (
@@ -93,7 +92,7 @@ class Loop:
     ) -> None:
         self.engine, self.policy, self.inbox, self.grammars = engine, policy, inbox, grammars
         self.scheduler = Scheduler(policy)
-        self._reading_cost = reading_cost(engine.config)
+        self._reading_cost = engine.reading_cost()
         self.pulse = Heartbeat(0, 0, 0, 0, 0, 0)
         self.steps = 0
         self.closing = False
