@@ -26,7 +26,8 @@ _ID_BYTES = 3 * 4
 """A token id as the session keeps it, as the caller holds it, and of what is left to read."""
 _MOST_KERNEL_SCRATCH_BYTES = 64 << 20
 SLACK_BYTES = 16 << 20
-"""What the allocator keeps of freed memory until a layer ends, as measured: 7 to 30 MB, most often some 16."""
+"""What the allocator keeps of freed memory until a layer ends, as measured: 7 to 30 MB, most often some 16, and half of
+that where no more than two tiles go through a layer."""
 _GPU_TILE_TOKENS = 4096
 _LEAST_GPU_TILE_TOKENS = 512
 _GPU_SCRATCH_BYTES = 8 << 30
@@ -148,7 +149,7 @@ def _need(config: ModelConfig, context: int, chunk: int, tile: int, budget: Budg
         ids_bytes=context * _ID_BYTES,
         points_bytes=_RESTORE_POINTS * (stream_bytes(config, 0, exact=exact) + 4 * config.vocab_size),
         residual_bytes=_residual_bytes(config, chunk),
-        scratch_bytes=_scratch_bytes(config, tile, budget.on_gpu),
+        scratch_bytes=_scratch_bytes(config, tile, chunk, budget.on_gpu),
     )
 
 
@@ -180,8 +181,8 @@ def _residual_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * streams * config.hidden_size * tokens
 
 
-def _scratch_bytes(config: ModelConfig, tile: int, on_gpu: bool) -> int:
-    """What a tile needs on its way through a layer, float32, and what kernels take for themselves.
+def _scratch_bytes(config: ModelConfig, tile: int, chunk: int, on_gpu: bool) -> int:
+    """What a tile needs on its way through a layer, float32, and what kernels and the allocator take for themselves.
 
     Experts begin when attention has given its memory back; a GPU's allocator keeps it.
     """
@@ -190,7 +191,8 @@ def _scratch_bytes(config: ModelConfig, tile: int, on_gpu: bool) -> int:
     routed = 4 * tile * config.num_experts_per_tok * width
     if on_gpu:
         return residual + attention + min(routed, _GPU_SCRATCH_BYTES) + SLACK_BYTES
-    return residual + max(attention, min(routed, _MOST_KERNEL_SCRATCH_BYTES)) + SLACK_BYTES
+    slack = SLACK_BYTES if chunk > 2 * tile else SLACK_BYTES // 2
+    return residual + max(attention, min(routed, _MOST_KERNEL_SCRATCH_BYTES)) + slack
 
 
 def _token_numbers(config: ModelConfig) -> tuple[int, int]:

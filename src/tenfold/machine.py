@@ -38,7 +38,7 @@ _ROOT = Path("/")
 _GPU_TIMEOUT_S = 2.0
 _MIB = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_OWN_PAGES_BYTES = 4 << 20
+_OWN_PAGES_BYTES = 2 << 20
 # The words of /proc/cpuinfo that kernels are or may be written for.
 _AVX_WORDS = ("sse2", "avx", "avx2", "fma", "f16c", "avx_vnni")
 _AVX512_WORDS = ("avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")

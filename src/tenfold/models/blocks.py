@@ -25,6 +25,8 @@ __all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "
 
 
 _CPU = torch.device("cpu")
+_HEAVY_ROWS = 256
+"""Fewer rows than these of a pass leave too little behind to be looked for."""
 _BETWEEN_S = 0.2
 """To give it back costs some ten milliseconds with the pages that are taken anew: a twentieth of the time at most."""
 
@@ -82,10 +84,8 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
     So each layer's weights are read, from memory or disk, once per chunk. h may be overwritten.
     """
     tiles = step.tiles()
-    by_tiles = len(tiles) > 1 and h.device == _CPU
-    shrunk_s = time.monotonic()
+    heap = _Heap() if h.device == _CPU and h.shape[0] >= _HEAVY_ROWS else None
     for index, layer in enumerate(layers):
-        most_bytes = anonymous_bytes() + SLACK_BYTES if by_tiles else 0
         for place, (rows, tile) in enumerate(tiles):
             if len(tiles) == 1:
                 h = layer.forward(h, tile)
@@ -93,13 +93,28 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
                 h[rows] = layer.forward(h[rows], tile)
             if step.pace is not None:
                 step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
-            if not by_tiles:
-                continue
-            last = place + 1 == len(tiles)
-            if last or (time.monotonic() - shrunk_s > _BETWEEN_S and anonymous_bytes() > most_bytes):
-                shrink_heap()  # what tiles leave between small blocks adds up, in some processes and not in others
-                shrunk_s = time.monotonic()
+            if heap is not None:
+                heap.tidy(place + 1, len(tiles))
     return h
+
+
+class _Heap:
+    """Gives back what tiles leave between small blocks: that adds up, in some processes and not in others."""
+
+    def __init__(self) -> None:
+        self._tidied_s, self._most_bytes = time.monotonic(), anonymous_bytes() + SLACK_BYTES // 2
+
+    def tidy(self, tiles_done: int, tiles: int) -> None:
+        """Behind a tile of a layer: always where many end, else if more than the slack is held that was not before."""
+        ended = tiles_done == tiles
+        if (ended and tiles > 1) or ((ended or time.monotonic() - self._tidied_s > _BETWEEN_S) and self._grown()):
+            shrink_heap()
+            self._tidied_s = time.monotonic()
+        if ended:
+            self._most_bytes = anonymous_bytes() + SLACK_BYTES // 2
+
+    def _grown(self) -> bool:
+        return anonymous_bytes() > self._most_bytes
 
 
 def fused(ops: Ops, step: Step) -> FusedOps | None:
