@@ -467,7 +467,7 @@ struct Call {
     uint64_t* part_ranks;  // [n][parts][k], for more than one part
     int64_t* part_counts;  // [n][parts]
 
-    // Unpacking a key costs what ten heads' scores of it do, so few heads share it among more queries.
+    // Unpacking a key costs what the scores of five heads do, or of more; few heads share it among more queries.
     static int64_t most_queries_of(int64_t heads) { return heads <= 8 ? most_queries : most_queries / 4; }
 
     int64_t padded_heads() const { return round_up(heads, group); }

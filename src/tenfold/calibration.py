@@ -111,11 +111,12 @@ def _with_index(measured: Measured, config: ModelConfig) -> Measured:
     many_s = _select_s(_QUERIES, enough, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (_QUERIES * enough)
     few_s = _select_s(_QUERIES, _KEYS, heads, dim, topk) / (_QUERIES * _KEYS)
     alone_s = _select_s(1, _KEYS, heads, dim, topk) / _KEYS
-    shared = index_tile(_QUERIES, measured.threads)
-    tile_s = max(0.0, (alone_s - few_s) / (1 - 1 / shared)) if shared > 1 else 0.0
+    shared_by_few, shared_by_many = (index_tile(_QUERIES, count, measured.threads) for count in (heads, _INDEX_HEADS))
+    tile_s = max(0.0, (alone_s - few_s) / (1 - 1 / shared_by_few)) if shared_by_few > 1 else 0.0
     many, few = 2 * _INDEX_HEADS * _INDEX_DIM, 2 * heads * dim
-    ops_per_s = (many - few) / max(many_s - few_s, many_s / many)
-    floor_s = max(0.0, few_s - few / ops_per_s - tile_s / shared)
+    of_more_heads_s = many_s - tile_s / shared_by_many - (few_s - tile_s / shared_by_few)
+    ops_per_s = (many - few) / max(of_more_heads_s, many_s / many)
+    floor_s = max(0.0, few_s - few / ops_per_s - tile_s / shared_by_few)
     return replace(measured, index_ops_per_s=ops_per_s, key_floor_s=floor_s, key_tile_s=tile_s)
 
 

@@ -93,7 +93,7 @@ def test_the_index_is_taken_apart_as_it_was_put_together(monkeypatch: pytest.Mon
     ops_per_s, floor_s, tile_s, threads = 2e11, 3e-10, 5e-9, 2
 
     def made_up(queries: int, num_keys: int, heads: int, dim: int, topk: int) -> float:
-        shared = index_tile(queries, threads)
+        shared = index_tile(queries, heads, threads)
         return queries * num_keys * (2 * heads * dim / ops_per_s + floor_s + tile_s / shared)
 
     monkeypatch.setattr(calibration, "_select_s", made_up)
@@ -105,7 +105,16 @@ def test_the_index_is_taken_apart_as_it_was_put_together(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("queries", "threads", "shared"), [(1, 2, 1), (8, 2, 1), (9, 2, 2), (128, 2, 16), (5000, 2, 16)]
+    ("queries", "heads", "threads", "shared"),
+    [
+        (1, 64, 2, 1),
+        (8, 64, 2, 1),
+        (9, 64, 2, 2),
+        (128, 9, 2, 16),
+        (5000, 64, 2, 16),
+        (5000, 8, 2, 64),
+        (130, 2, 2, 17),
+    ],
 )
-def test_queries_that_share_an_unpacked_key(queries: int, threads: int, shared: int) -> None:
-    assert index_tile(queries, threads) == shared
+def test_queries_that_share_an_unpacked_key(queries: int, heads: int, threads: int, shared: int) -> None:
+    assert index_tile(queries, heads, threads) == shared

@@ -23,9 +23,9 @@ def residual_channels(config: ModelConfig) -> int:
     return config.hidden_size * (config.hc_mult if isinstance(config, DeepseekV4Config) else 1)
 
 
-def index_tile(num_queries: int, threads: int) -> int:
+def index_tile(num_queries: int, heads: int, threads: int) -> int:
     """Queries for which the CPU's indexer unpacks a key once (native/kernels/index.cpp)."""
-    return min(16, -(-num_queries // (4 * threads)))
+    return min(64 if heads <= 8 else 16, -(-num_queries // (4 * threads)))
 
 
 CHUNK_TOKENS = 4096
@@ -94,10 +94,13 @@ class LocalClock:
 
     def _keys_s(self, position: int, num_tokens: int) -> float:
         """What index keys take beyond their scores."""
-        kinds = (kind for kind in self.anatomy.attention if kind.index_heads)
-        keys = sum(kind.layers * kind.keys_between(position, position + num_tokens) for kind in kinds)
-        shared = index_tile(num_tokens, self.measured.threads)
-        return keys * (self.measured.key_floor_s + self.measured.key_tile_s / shared)
+        seconds = 0.0
+        for kind in self.anatomy.attention:
+            if kind.index_heads:
+                shared = index_tile(num_tokens, kind.index_heads, self.measured.threads)
+                keys = kind.layers * kind.keys_between(position, position + num_tokens)
+                seconds += keys * (self.measured.key_floor_s + self.measured.key_tile_s / shared)
+        return seconds
 
     def decode_s(self, context: int) -> float:
         return sum(self._step_s(context - 1, 1).values())
