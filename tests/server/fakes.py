@@ -145,7 +145,7 @@ def serving(
     """A server on a free port of 127.0.0.1, in a thread of its own."""
     jobs = jobs or FakeJobs(script)
     service = Service(jobs, language or real_language(), settings(**changed), Metrics(MODEL))
-    sock = socket.socket()
+    sock = socket.socket(proto=socket.IPPROTO_TCP)
     sock.bind(("127.0.0.1", 0))
     port = sock.getsockname()[1]
     made = uvicorn.Config(

@@ -146,6 +146,7 @@ def test_the_embedded_model_is_served(tmp_path: Path) -> None:
             assert response["output"][0]["content"][0]["text"] == text
             status = client.get("/status").json()
             assert status["v32_kv_bytes_per_token"] > 5 * status["kv_bytes_per_token"]
+            assert min(client.get("/health").elapsed.total_seconds() for _ in range(20)) < 0.02, "Nagle's 40 ms"
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 

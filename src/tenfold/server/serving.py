@@ -252,7 +252,8 @@ def _listening(options: Options) -> Iterator[socket.socket]:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
     except OSError as exc:
         raise UsageError(f"host is {options.host!r}, which is no address: {exc.strerror}") from exc
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # asyncio turns Nagle's algorithm off where the protocol is named; else a second answer waits 40 ms for an ACK.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((options.host, options.port))
