@@ -238,3 +238,12 @@ def test_planning_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_keeps_the_weights_as_published_and_a_cpu_unpacks_one() -> None:
+    """V3.2's kv_b_proj: 61 layers of 128 heads x (128 + 128) x 512, a byte each or four."""
+    on_gpu, on_cpu = (
+        asked("plan", "v3.2", "--context", "4K", "--machine", machine)["memory"]["weights"]["other"]
+        for machine in ("H200", "EPYC-9755")
+    )
+    assert 3 * 61 * 128 * 256 * 512 >= on_cpu - on_gpu > 2.99 * 61 * 128 * 256 * 512

@@ -13,7 +13,7 @@ from tenfold import budget
 from tenfold.checkpoint import grouped
 from tenfold.config import DeepseekV4Config, DeepseekV32Config, ModelConfig
 from tenfold.errors import ContextTooLong, DoesNotFit, UsageError
-from tenfold.planner.anatomy import dissect, loaded
+from tenfold.planner.anatomy import dissect, loaded, official
 from tenfold.planner.clocks import CHUNK_TOKENS, Clock, FleetClock, LocalClock, residual_channels
 from tenfold.planner.compare import Compared
 from tenfold.planner.machines import Hardware, measured
@@ -55,7 +55,8 @@ def plan(model: Compared, context: int, terms: Terms) -> dict[str, Any]:
     """Memory, time and money of one model at one context on one kind of hardware."""
     terms.check()
     _check_context(model, max(context, terms.workload.context if terms.workload else 0))
-    fleet = Fleet(dissect(model.config, loaded), terms.hardware, terms.count, table_bytes(model.config))
+    kept = official if terms.hardware.kind == "gpu" else loaded
+    fleet = Fleet(dissect(model.config, kept), terms.hardware, terms.count, table_bytes(model.config))
     here = measured() if terms.hardware.kind == "this" else None
     if terms.hardware.kind == "this":
         fit = _fit_here(model, fleet, context, here.base_bytes if here else _BASE_BYTES)
