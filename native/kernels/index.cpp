@@ -542,7 +542,7 @@ private:
     FoldedQuery queries_ = {};
     FoldedKeys keys_ = {};
     float* scores_ = nullptr;
-    Tiles tiles_;
+    Tiles tiles_{{whole_tile, whole_tile, whole_tile, whole_tile, whole_tile, whole_tile, whole_tile, whole_tile}};
 };
 
 #else

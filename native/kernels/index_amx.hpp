@@ -9,9 +9,7 @@
 
 #ifdef __AMX_INT8__
 
-#include <immintrin.h>
-
-#include <cstdint>
+#include "amx.hpp"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
@@ -19,26 +17,8 @@ namespace {
 constexpr int64_t tile_side = 16;  // heads, or keys, of a tile
 constexpr int64_t pair_keys = 2 * tile_side;  // keys that stay in the tiles while heads go by
 constexpr int64_t folded_dim = 128;
+constexpr TileShape whole_tile = {tile_side, 64};
 constexpr uint32_t lowest_exponent = 87, highest_exponent = 167;  // of scales: no sum nears the ends of float32
-
-// The tiles' shapes, for one thread and until the object is gone.
-class Tiles {
-public:
-    Tiles() {
-        alignas(64) uint8_t shape[64] = {1};
-        for (int tile = 0; tile < 8; ++tile) {
-            shape[16 + 2 * tile] = 64;  // bytes of a row
-            shape[48 + tile] = tile_side;
-        }
-        _tile_loadconfig(shape);
-    }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-};
-
-// The compiler does not know that tiles are loaded from memory and stored there.
-inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
 
 // Sixteen keys as bytes in words of four channels, in the order of `to_bytes`, and the scale of each.
 struct FoldedKeys {

@@ -5,7 +5,9 @@
 // instruction set keeps the activations in an order of its own.
 #include "product_int8.hpp"
 
-#ifdef __AVX512VNNI__
+#ifdef __AMX_INT8__
+#include "product_int8_amx.hpp"
+#elif defined(__AVX512VNNI__)
 #include "product_int8_avx512.hpp"
 #elif defined(__AVX2__)
 #include "product_int8_avx2.hpp"
