@@ -10,7 +10,7 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-// Rows, and bytes of each, of a tile.
+// Rows, and bytes of each, of a tile; none of one that is not used.
 struct TileShape {
     int64_t rows, bytes;
 };

@@ -70,7 +70,8 @@ inline __attribute__((always_inline)) void transpose(__m512i* v) {
         b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
         b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
     }
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     for (int i = 0; i < 4; ++i) {
         v[i] = _mm512_permutex2var_epi64(b[i], low, b[i + 4]);
         v[i + 4] = _mm512_permutex2var_epi64(b[i], high, b[i + 4]);
@@ -98,7 +99,8 @@ inline bool fold_keys(const uint8_t* const* rows, const RowLayout& layout, int64
     if ((wrong & exist) != 0) return false;
     _mm512_store_si512(to.scales, _mm512_slli_epi32(lowest, 23));
 
-    const __m512i doubled = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const __m512i doubled =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
     const __m512i nibble = _mm512_set1_epi8(15), low_bytes = _mm512_set1_epi32(0x01010101);
     for (int half = 0; half < 2; ++half) {
         __m512i v[8];

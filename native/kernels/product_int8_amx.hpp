@@ -119,7 +119,8 @@ inline __m512 scales_of(__m512i bytes, int64_t block) {
 // As bytes 2 w + 12, unsigned, which vpdpbusd multiplies; the sums of a block are the ones of the tiles.
 template <int Tokens>
 TENFOLD_APART void dot_rows(const Product& p, int64_t row, int64_t last) {
-    const __m512i lifted = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    const __m512i lifted =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     const Group<kSideRows> rows(p.weight, row, last);
     const __mmask16 exist = static_cast<__mmask16>((1U << smaller(last - row, kSideRows)) - 1);
     const int64_t blocks = p.weight.in / 32, row_bytes = 16 * blocks;
@@ -193,20 +194,20 @@ TENFOLD_APART void unpack(const Matrix& weight, int64_t row, int64_t last, int64
     }
 }
 
-// Of the tiles 0 and 1 activations of sixteen rows and of those left over, 2 a block of weights, 4 and 6 their sums.
+// Tiles 0 and 3: sixteen activation rows and their sums; 1 and 4: those that are left over; 2: a block of weights.
 template <bool Whole>
 inline void multiply_block(const uint8_t* x, int64_t stride, const int8_t* words, int32_t* dots) {
     _tile_loadd(2, words, 64);
     if constexpr (Whole) {
         _tile_loadd(0, x, stride);
-        _tile_zero(4);
-        _tile_dpbssd(4, 0, 2);
-        _tile_stored(4, dots, 64);
+        _tile_zero(3);
+        _tile_dpbssd(3, 0, 2);
+        _tile_stored(3, dots, 64);
     } else {
         _tile_loadd(1, x, stride);
-        _tile_zero(6);
-        _tile_dpbssd(6, 1, 2);
-        _tile_stored(6, dots, 64);
+        _tile_zero(4);
+        _tile_dpbssd(4, 1, 2);
+        _tile_stored(4, dots, 64);
     }
     settle_memory();
 }
@@ -254,7 +255,7 @@ inline void multiply_any(const Product& p, const Unpacked& weights, int64_t bloc
 void multiply_rows(const Product& p, int64_t first, int64_t last) {
     if (p.count <= kFew) return multiply_few(p, first, last);
     const int64_t left = p.count % kSideRows == 0 ? kSideRows : p.count % kSideRows;
-    const Tiles tiles({{kSideRows, 32}, {left, 32}, {8, 64}, {8, 64}, {kSideRows, 64}, {8, 64}, {left, 64}, {8, 64}});
+    const Tiles tiles({{kSideRows, 32}, {left, 32}, {8, 64}, {kSideRows, 64}, {left, 64}, {}, {}, {}});
     Unpacked weights[kGroups];
     const int64_t blocks = p.weight.in / 32, together = kSideRows * (p.count <= kSideRows ? 1 : kGroups);
     for (int64_t row = first; row < last; row += together) {
