@@ -10,7 +10,7 @@ from tenfold import config as configuration
 from tenfold.config import ModelConfig, preset
 from tenfold.planner import Anatomy, Peaks, Work, dissect, roofline_seconds, step_work
 from tenfold.planner.anatomy import official, unpacked
-from tenfold.planner.work import FP8_EQUIVALENT, NO_FP4, RAW, Counting, by_component, total_flops
+from tenfold.planner.work import FP8_EQUIVALENT, NO_FP4, RAW, Counting, by_component, reading_cost, total_flops
 
 LENGTHS = {"4K": 4096, "8K": 8192, "16K": 16384, "32K": 32768, "64K": 65536, "128K": 131072, "256K": 262144,
            "512K": 524288, "1M": 1_000_000, "1Mi": 1_048_576}  # fmt: skip
@@ -213,3 +213,12 @@ def test_roofline_adds_the_slower_of_reading_and_computing() -> None:
     assert roofline_seconds([read, compute, integer], peaks) == pytest.approx(5.0 + 8.0 + 0.8)
     slower = dataclasses.replace(peaks, int8=frozenset())
     assert roofline_seconds([integer], slower) == pytest.approx(8.0)
+
+
+def test_what_reading_costs_follows_the_kernels() -> None:
+    """The last tenth of a million tokens, beside the first: index scores are the less of it the faster they are."""
+    growth = {}
+    for kernels in ("amx", "avx512", "avx2", "scalar", "triton"):
+        before = reading_cost(preset("v4-flash"), kernels)
+        growth[kernels] = (before(1_000_000) - before(900_000)) / before(100_000)
+    assert 1 < growth["amx"] < growth["avx512"] < growth["avx2"] == growth["scalar"] == growth["triton"]
