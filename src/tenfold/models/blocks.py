@@ -110,8 +110,8 @@ class _Heap:
         if (ended and tiles > 1) or ((ended or time.monotonic() - self._tidied_s > _BETWEEN_S) and self._grown()):
             shrink_heap()
             self._tidied_s = time.monotonic()
-        if ended:
-            self._most_bytes = anonymous_bytes() + SLACK_BYTES // 2
+            if ended:
+                self._most_bytes = anonymous_bytes() + SLACK_BYTES // 2
 
     def _grown(self) -> bool:
         return anonymous_bytes() > self._most_bytes
