@@ -16,7 +16,6 @@ struct Build {
     bool (*runs_here)();
 };
 
-// Best first.
 #ifdef TENFOLD_BUILT_AVX512
 bool runs_avx512() {
     const CpuFeatures& cpu = cpu_features();
@@ -25,6 +24,7 @@ bool runs_avx512() {
 }
 #endif
 
+// Best first.
 const Build builds[] = {
 #ifdef TENFOLD_BUILT_AMX
     {"amx", amx::kernels,

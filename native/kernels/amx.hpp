@@ -1,4 +1,4 @@
-// The tiles of AMX: their shapes, and what compilers do not know of them.
+// The tiles of AMX: their shapes, what compilers do not know of them, and how e2m1 codes become rows of them.
 #pragma once
 
 #ifdef __AMX_INT8__
@@ -33,6 +33,24 @@ public:
 
 // Tiles are loaded from memory and stored there, which a compiler may not know.
 inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
+
+// Two e2m1 codes lie in a byte; the table has twice the number of each code.
+inline __m512i even_codes(__m512i pairs) { return _mm512_and_si512(pairs, _mm512_set1_epi8(15)); }
+inline __m512i odd_codes(__m512i pairs) { return even_codes(_mm512_srli_epi16(pairs, 4)); }
+
+inline __m512i doubled_e2m1() {
+    return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+}
+
+// Of each 128 bits the lanes of four vectors become rows.
+inline __attribute__((always_inline)) void transpose_quads(__m512i* v) {
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm512_unpacklo_epi64(a, c);
+    v[1] = _mm512_unpackhi_epi64(a, c);
+    v[2] = _mm512_unpacklo_epi64(b, d);
+    v[3] = _mm512_unpackhi_epi64(b, d);
+}
 
 }  // namespace
 }  // namespace tenfold::TENFOLD_ISA

@@ -2,7 +2,8 @@
 //
 // Keys are unpacked in chunks, for all queries of a tile; a chunk's scores are filtered by what a query already
 // has, so no scores are kept. Two ways to a dot product: where keys are e2m1 and a query lies on a grid as coarse
-// (as deployed numerics see to), whole numbers of eight bits, which is exact; else float32.
+// (as deployed numerics see to), whole numbers of eight bits, which is exact, with AMX many queries' at a time
+// (index_amx.hpp); else float32.
 #include "decode_row.hpp"
 #include "index_amx.hpp"
 #include "kernels.hpp"

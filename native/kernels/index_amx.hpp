@@ -59,22 +59,14 @@ inline bool fold_head(const uint8_t* bytes, const float* scales, float weight, i
 
 // Eight lanes of 32 bits of sixteen rows: v[i] holds 32 bytes of row i and of row i + 8 -> v[i] lane i of all sixteen.
 inline __attribute__((always_inline)) void transpose(__m512i* v) {
-    __m512i a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
+    transpose_quads(v);
+    transpose_quads(v + 4);
     const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
     const __m512i high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     for (int i = 0; i < 4; ++i) {
-        v[i] = _mm512_permutex2var_epi64(b[i], low, b[i + 4]);
-        v[i + 4] = _mm512_permutex2var_epi64(b[i], high, b[i + 4]);
+        const __m512i first = v[i], second = v[i + 4];
+        v[i] = _mm512_permutex2var_epi64(first, low, second);
+        v[i + 4] = _mm512_permutex2var_epi64(first, high, second);
     }
 }
 
@@ -99,9 +91,7 @@ inline bool fold_keys(const uint8_t* const* rows, const RowLayout& layout, int64
     if ((wrong & exist) != 0) return false;
     _mm512_store_si512(to.scales, _mm512_slli_epi32(lowest, 23));
 
-    const __m512i doubled =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-    const __m512i nibble = _mm512_set1_epi8(15), low_bytes = _mm512_set1_epi32(0x01010101);
+    const __m512i doubled = doubled_e2m1(), low_bytes = _mm512_set1_epi32(0x01010101);
     for (int half = 0; half < 2; ++half) {
         __m512i v[8];
         for (int i = 0; i < 8; ++i) {
@@ -116,8 +106,8 @@ inline bool fold_keys(const uint8_t* const* rows, const RowLayout& layout, int64
             const __m512i carried = _mm512_sub_epi32(_mm512_sllv_epi32(low_bytes, doublings), low_bytes);
             for (int i = 0; i < 4; ++i) {
                 const __m512i pairs = v[4 * block + i];
-                const __m512i even = _mm512_shuffle_epi8(doubled, _mm512_and_si512(pairs, nibble));
-                const __m512i odd = _mm512_shuffle_epi8(doubled, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), nibble));
+                const __m512i even = _mm512_shuffle_epi8(doubled, even_codes(pairs));
+                const __m512i odd = _mm512_shuffle_epi8(doubled, odd_codes(pairs));
                 int8_t* const words = to.words + (16 * half + 8 * block + 2 * i) * 64;
                 _mm512_store_si512(words, _mm512_andnot_si512(carried, _mm512_sllv_epi32(even, doublings)));
                 _mm512_store_si512(words + 64, _mm512_andnot_si512(carried, _mm512_sllv_epi32(odd, doublings)));

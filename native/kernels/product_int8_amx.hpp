@@ -52,16 +52,6 @@ struct Unpacked {
     alignas(64) float scales[kPanelBlocks][kSideRows];
 };
 
-// Of each 128 bits the lanes of four vectors become rows.
-inline __attribute__((always_inline)) void transpose(__m512i (&v)[4]) {
-    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-    v[0] = _mm512_unpacklo_epi64(a, c);
-    v[1] = _mm512_unpackhi_epi64(a, c);
-    v[2] = _mm512_unpacklo_epi64(b, d);
-    v[3] = _mm512_unpackhi_epi64(b, d);
-}
-
 // The codes of sixteen rows' block: v[i] has eight columns of each row, two in a byte.
 inline __attribute__((always_inline)) void load_block(const uint8_t* const* codes, int64_t offset, __m512i (&v)[4]) {
     const auto load = [=](int row) {
@@ -73,15 +63,11 @@ inline __attribute__((always_inline)) void load_block(const uint8_t* const* code
         v[i] = _mm512_inserti32x4(v[i], load(i + 8), 2);
         v[i] = _mm512_inserti32x4(v[i], load(i + 12), 3);
     }
-    transpose(v);
+    transpose_quads(v);
 }
 
-inline __m512i even_codes(__m512i pairs) { return _mm512_and_si512(pairs, _mm512_set1_epi8(15)); }
-inline __m512i odd_codes(__m512i pairs) { return even_codes(_mm512_srli_epi16(pairs, 4)); }
-
 inline void unpack_block(const uint8_t* const* codes, int64_t offset, int8_t* words) {
-    const __m512i doubled =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const __m512i doubled = doubled_e2m1();
     __m512i v[4];
     load_block(codes, offset, v);
     for (int i = 0; i < 4; ++i) {

@@ -102,16 +102,19 @@ class _Heap:
     """Gives back what tiles leave between small blocks: that adds up, in some processes and not in others."""
 
     def __init__(self) -> None:
-        self._tidied_s, self._most_bytes = time.monotonic(), anonymous_bytes() + SLACK_BYTES // 2
+        self._tidied_s, self._most_bytes = time.monotonic(), self._most()
 
     def tidy(self, tiles_done: int, tiles: int) -> None:
-        """Behind a tile of a layer: always where many end, else if more than the slack is held that was not before."""
+        """Behind a tile of a layer: always where many end, else if half the slack more is held than before."""
         ended = tiles_done == tiles
         if (ended and tiles > 1) or ((ended or time.monotonic() - self._tidied_s > _BETWEEN_S) and self._grown()):
             shrink_heap()
             self._tidied_s = time.monotonic()
             if ended:
-                self._most_bytes = anonymous_bytes() + SLACK_BYTES // 2
+                self._most_bytes = self._most()
+
+    def _most(self) -> int:
+        return anonymous_bytes() + SLACK_BYTES // 2
 
     def _grown(self) -> bool:
         return anonymous_bytes() > self._most_bytes
