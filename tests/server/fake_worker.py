@@ -1,4 +1,6 @@
-"""An engine without a model, run as the engine process: what a job's sampling says under "do" is what it does."""
+"""An engine without a model, run as the engine process: what a job's sampling says under "do" is what it does.
+
+A job that says nothing there, as those of a server, has its prompt said back."""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ class FakeEngine:
             threading.Event().wait()
         if start.model == "slow":
             compute(3.0)
-        self.send(Ready(start.model, 1000, 1000, 1 << 30, 0, 1.0, 10.0, (0,)))
+        self.send(Ready(start.model, 65_536, 2048, 1 << 30, 0, 1.0, 10.0, (0,)))
         threading.Thread(target=self.beat, daemon=True).start()
         for message in messages:
             if isinstance(message, Shutdown):
@@ -74,7 +76,7 @@ class FakeEngine:
                 self.do(message)
 
     def do(self, job: Job) -> None:
-        what = job.sampling["do"]
+        what = job.sampling.get("do", "say")
         if what == "queue":
             self.send(Queued(job.id, 0))
             return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +103,44 @@ def test_an_engine_that_dies_or_stalls_ends_its_jobs(do: str, restart: bool) -> 
             else:
                 await process.over
                 assert isinstance(process.problem, RunError)
+
+    run(work)
+
+
+def test_an_engine_that_cannot_be_started_again_at_once_is_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "_FIRST_PAUSE_S", 0.05)
+
+    async def work() -> None:
+        async with engine() as process:
+            pairs, failed = socket.socketpair, 0
+
+            def none_left() -> tuple[socket.socket, socket.socket]:
+                nonlocal failed
+                failed += 1
+                if failed <= 3:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return pairs()
+
+            monkeypatch.setattr(socket, "socketpair", none_left)
+            await events_of(process, job("bad", "die"))
+            await until(process.alive)
+            assert failed == 4
+            assert not process.over.done()
+            assert said(await events_of(process, job("again"))) == (1, 2, 3)
+
+    run(work)
+
+
+def test_an_engine_that_can_never_be_started_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> tuple[socket.socket, socket.socket]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def work() -> None:
+        process = FakeProcess(Start("fake"))
+        monkeypatch.setattr(socket, "socketpair", none_left)
+        await process.open()
+        with pytest.raises(RunError, match="cannot be started"):
+            await process.loaded()
 
     run(work)
 

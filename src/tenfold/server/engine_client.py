@@ -241,20 +241,23 @@ class EngineProcess:
     async def _supervise(self) -> None:
         """One engine after another; none after one that could not even be loaded the first time."""
         pause_s, ever_ready = _FIRST_PAUSE_S, False
-        try:
-            while True:
-                began = time.monotonic()
+        while True:
+            began = time.monotonic()
+            try:
                 ever_ready |= await self._one_life()
-                if self._closing or not self._restart or not ever_ready:
+            except OSError as exc:  # no descriptors, say, as long as all of them serve clients
+                problem = RunError(f"the engine cannot be started: {exc}")
+                _log.error("%s", problem)
+                if not ever_ready or not self._restart:
+                    self.problem = problem
+            if self._closing or not self._restart or not ever_ready:
+                break
+            pause_s = _FIRST_PAUSE_S if time.monotonic() - began > _GOOD_LIFE_S else pause_s
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._leaving.wait()
                     break
-                pause_s = _FIRST_PAUSE_S if time.monotonic() - began > _GOOD_LIFE_S else pause_s
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause_s):
-                        await self._leaving.wait()
-                        break
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        except OSError as exc:
-            self.problem = RunError(f"the engine cannot be started: {exc}")
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         if self.problem is None and not self._closing:
             self.problem = RunError("the engine has died; its log says more")
         self.over.set_result(None)
@@ -262,9 +265,13 @@ class EngineProcess:
     async def _one_life(self) -> bool:
         """From the start of a process to its end; whether it was ready in between."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            ours.setblocking(False)
-            self._process = self._spawn(theirs)
+        ours.setblocking(False)
+        try:
+            with theirs:
+                self._process = self._spawn(theirs)
+        except OSError:
+            ours.close()
+            raise
         _, link = await asyncio.get_running_loop().create_connection(lambda: _Link(self), sock=ours)
         self._link = link
         link.send(self._start)
