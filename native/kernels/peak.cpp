@@ -1,5 +1,6 @@
 // What this machine reaches at best: the limits that the other kernels are measured against.
 #include "../threads.hpp"
+#include "amx.hpp"
 #include "kernels.hpp"
 
 #ifdef __AVX2__
@@ -33,6 +34,23 @@ int64_t read_range(const uint8_t* data, int64_t begin, int64_t end) {
     return sum;
 }
 
+#ifdef __AVX512F__
+
+int64_t multiply_float32(int64_t rounds, const float* seed) {
+    __m512 sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_set1_ps(seed[0]);
+    const __m512 factor = _mm512_set1_ps(seed[1]), term = _mm512_set1_ps(seed[2]);
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int i = 0; i < kChains; ++i) sums[i] = _mm512_fmadd_ps(sums[i], factor, term);
+    }
+    for (int i = 1; i < kChains; ++i) sums[0] = _mm512_add_ps(sums[0], sums[i]);
+    return static_cast<int64_t>(_mm512_cvtss_f32(sums[0]));
+}
+
+constexpr int64_t kFloatsPerRound = kChains * 16;
+
+#else
+
 int64_t multiply_float32(int64_t rounds, const float* seed) {
     __m256 sums[kChains];
     for (int i = 0; i < kChains; ++i) sums[i] = _mm256_set1_ps(seed[0]);
@@ -44,7 +62,60 @@ int64_t multiply_float32(int64_t rounds, const float* seed) {
     return static_cast<int64_t>(_mm256_cvtss_f32(sums[0]));
 }
 
-// Products of bytes summed in pairs to 16 bits and added up, as the index and the int8 products do.
+constexpr int64_t kFloatsPerRound = kChains * 8;
+
+#endif
+
+// Products of bytes, summed as the index and the int8 products do: in tiles, by vpdpbusd, or in pairs to 16 bits.
+#ifdef __AMX_INT8__
+
+int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
+    constexpr TileShape whole = {16, 64};
+    alignas(64) int8_t bytes[2][1024];
+    alignas(64) int32_t sums[256];
+    for (int i = 0; i < 1024; ++i) {
+        bytes[0][i] = seed[1];
+        bytes[1][i] = seed[2];
+        sums[i / 4] = seed[0];
+    }
+    settle_memory();
+    const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums, 64);
+    _tile_loadd(2, sums, 64);
+    _tile_loadd(3, sums, 64);
+    _tile_loadd(4, bytes[0], 64);
+    _tile_loadd(5, bytes[1], 64);
+    for (int64_t round = 0; round < rounds; ++round) {
+        _tile_dpbssd(0, 4, 5);
+        _tile_dpbssd(1, 4, 5);
+        _tile_dpbssd(2, 4, 5);
+        _tile_dpbssd(3, 4, 5);
+    }
+    _tile_stored(0, sums, 64);
+    settle_memory();
+    return sums[0];
+}
+
+constexpr int64_t kBytesPerRound = 4 * 16 * 16 * 64;
+
+#elif defined(__AVX512VNNI__)
+
+int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
+    __m512i sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_set1_epi32(seed[0]);
+    const __m512i weights = _mm512_set1_epi8(seed[1]), values = _mm512_set1_epi8(seed[2]);
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int i = 0; i < kChains; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], weights, values);
+    }
+    for (int i = 1; i < kChains; ++i) sums[0] = _mm512_add_epi32(sums[0], sums[i]);
+    return _mm512_cvtsi512_si32(sums[0]);
+}
+
+constexpr int64_t kBytesPerRound = kChains * 64;
+
+#else
+
 int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
     __m256i sums[kChains];
     for (int i = 0; i < kChains; ++i) sums[i] = _mm256_set1_epi16(seed[0]);
@@ -60,7 +131,9 @@ int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
     return _mm256_extract_epi16(sums[0], 0);
 }
 
-constexpr int64_t kFloatLanes = 8, kByteLanes = 32;
+constexpr int64_t kBytesPerRound = kChains * 32;
+
+#endif
 
 #else
 
@@ -89,13 +162,16 @@ int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
     int32_t sums[kChains];
     for (int i = 0; i < kChains; ++i) sums[i] = seed[0];
     for (int64_t round = 0; round < rounds; ++round) {
-        for (int i = 0; i < kChains; ++i) sums[i] += seed[1] * static_cast<int8_t>(seed[2] ^ sums[i]);
+        for (int i = 0; i < kChains; ++i) {
+            sums[i] += seed[1] * static_cast<int8_t>(seed[2] ^ sums[i]);
+            __asm__ volatile("" : "+r"(sums[i]));  // else what many rounds make of it would be computed at once
+        }
     }
     for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
     return sums[0];
 }
 
-constexpr int64_t kFloatLanes = 1, kByteLanes = 1;
+constexpr int64_t kFloatsPerRound = kChains, kBytesPerRound = kChains;
 
 #endif
 
@@ -114,7 +190,7 @@ void peak_float32(int64_t rounds, const float* seed, int64_t* operations, int32_
     split_rows(threads, kMany, threads, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t kept = multiply_float32(rounds, seed) == 1 ? 1 : 0;  // used, so that it is computed
-            __atomic_fetch_add(operations, 2 * kChains * kFloatLanes * rounds + kept, __ATOMIC_RELAXED);
+            __atomic_fetch_add(operations, 2 * kFloatsPerRound * rounds + kept, __ATOMIC_RELAXED);
         }
     });
 }
@@ -124,7 +200,7 @@ void peak_int8(int64_t rounds, const int8_t* seed, int64_t* operations, int32_t 
     split_rows(threads, kMany, threads, [=](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t kept = multiply_int8(rounds, seed) == 1 ? 1 : 0;
-            __atomic_fetch_add(operations, 2 * kChains * kByteLanes * rounds + kept, __ATOMIC_RELAXED);
+            __atomic_fetch_add(operations, 2 * kBytesPerRound * rounds + kept, __ATOMIC_RELAXED);
         }
     });
 }

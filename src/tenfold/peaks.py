@@ -35,8 +35,8 @@ def measure(runs: int = _RUNS, data: Tensor | None = None) -> MeasuredPeaks:
     """Measures with the kernels of the chosen instruction set; raises BackendMissing where there are none.
 
     Reads are those of `data`, dense and far larger than the caches, else of fresh memory: on a virtual machine one
-    piece of memory may read at twice the rate of another. int8 multiply-adds are vpmaddubsw and a 16-bit addition,
-    the way the index and the int8 products go.
+    piece of memory may read at twice the rate of another. int8 multiply-adds go as in the index and the int8 products:
+    tiles of AMX, vpdpbusd, or vpmaddubsw and a 16-bit addition.
     """
     return MeasuredPeaks(
         read_bytes_per_s=_read(torch.ones(_READ_BYTES, dtype=torch.uint8) if data is None else data, runs),
