@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from tenfold.formats import MXFP4
-from tenfold.ops import Weight, cpu, cpu_int8, reference
+from tenfold.ops import Weight, cpu, cpu_rounded, reference
 from tenfold.quantise import quantize, scale_bytes, scale_values
 
 RESULTS = Path(__file__).parent / "results" / "activations.csv"
@@ -71,7 +71,7 @@ def measured(name: str, x: Tensor, weights: list[Weight]) -> Iterator[dict[str, 
     dense = Dense(*(reference.dequantize(weight).double() for weight in weights))
     ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "float32": (partial(cpu.linear, x, w1), partial(cpu.feed_forward, x, w1, w2, w3, LIMIT)),
-        "int8 per 32": (partial(cpu_int8.linear, x, w1), partial(cpu_int8.feed_forward, x, w1, w2, w3, LIMIT)),
+        "int8 per 32": (partial(cpu_rounded.linear, x, w1), partial(cpu_rounded.feed_forward, x, w1, w2, w3, LIMIT)),
         "e4m3 per 128": (
             partial(dense.linear, x.double(), rounded_to_e4m3),
             partial(dense.expert, x.double(), rounded_to_e4m3),

@@ -24,11 +24,17 @@ bool runs_avx512() {
 }
 #endif
 
+#ifdef TENFOLD_BUILT_AMX
+bool runs_amx() {
+    const CpuFeatures& cpu = cpu_features();
+    return runs_avx512() && cpu.avx512_vbmi && cpu.amx_tile && cpu.amx_int8 && cpu.amx_bf16;
+}
+#endif
+
 // Best first.
 const Build builds[] = {
 #ifdef TENFOLD_BUILT_AMX
-    {"amx", amx::kernels,
-     [] { return runs_avx512() && cpu_features().amx_tile && cpu_features().amx_int8; }},
+    {"amx", amx::kernels, runs_amx},
 #endif
 #ifdef TENFOLD_BUILT_AVX512
     {"avx512", avx512::kernels, runs_avx512},

@@ -14,8 +14,10 @@ struct CpuFeatures {
     bool avx512dq = false;
     bool avx512vl = false;
     bool avx512_vnni = false;
+    bool avx512_vbmi = false;
     bool amx_tile = false;
     bool amx_int8 = false;
+    bool amx_bf16 = false;
 };
 
 // Probes once; an extension counts only if the operating system saves its registers.

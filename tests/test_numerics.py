@@ -11,7 +11,7 @@ from torch import Tensor
 from tenfold import Engine, completion, ops
 from tenfold import config as configuration
 from tenfold.demo import embedded_document
-from tenfold.ops import Ops, cpu, cpu_int8, reference
+from tenfold.ops import Ops, cpu, cpu_rounded, reference
 
 NUM_TOKENS = 2048
 
@@ -35,11 +35,11 @@ def test_rounded_activations_cost_less_than_a_thousandth() -> None:
 
 def test_numerics_choose_the_operations() -> None:
     assert ops.select("cpu", exact=True) == ("cpu", cpu)
-    assert ops.select("cpu", exact=False) == ("cpu", cpu_int8)
+    assert ops.select("cpu", exact=False) == ("cpu", cpu_rounded)
     assert ops.select("reference", exact=False) == ops.select("reference", exact=True) == ("reference", reference)
 
 
-@pytest.mark.parametrize("backend", [reference, cpu, cpu_int8])
+@pytest.mark.parametrize("backend", [reference, cpu, cpu_rounded])
 def test_a_backend_has_every_operation(backend: object) -> None:
     operations = {name for name in vars(Ops) if not name.startswith("_")}
     assert len(operations) >= 20

@@ -19,7 +19,7 @@ from tenfold import _native
 from tenfold.checkpoint import tensors
 from tenfold.config import DeepseekV4Config, ModelConfig, preset
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4, RowLayout, WeightFormat
-from tenfold.ops import Experts, Rows, Weight, cpu, cpu_int8, reference
+from tenfold.ops import Experts, Rows, Weight, cpu, cpu_rounded, reference
 from tenfold.quantise import quantize
 
 __all__ = ["Case", "Contender", "cases"]
@@ -114,7 +114,7 @@ def _linear(shape: tuple[int, int], form: WeightFormat, n: int, ggml: Ggml | Non
 
     contenders = [Contender("tenfold", each(cpu.linear), EXACT, "float32", stored)]
     if form is MXFP4:
-        contenders.append(Contender("tenfold int8", each(cpu_int8.linear), ROUNDED, "int8", stored))
+        contenders.append(Contender("tenfold int8", each(cpu_rounded.linear), ROUNDED, "int8", stored))
     contenders.append(
         Contender("torch on float32 weights", _torch_products(x, dense), EXACT, "float32", 4 * count * dense[0].numel())
     )
@@ -194,7 +194,7 @@ def _experts(config: ModelConfig, n: int) -> Parts:
     num_bytes = sum(used * form.bytes_of(shape) + shared_form.bytes_of(shape) for shape in shapes)
     contenders = [Contender("tenfold", by(cpu), EXACT, "float32", num_bytes)]
     if v4:
-        contenders.append(Contender("tenfold int8", by(cpu_int8), ROUNDED, "int8", num_bytes))
+        contenders.append(Contender("tenfold int8", by(cpu_rounded), ROUNDED, "int8", num_bytes))
     return by(reference), 2 * n * (chosen + 1) * 3 * hidden * inner, tuple(contenders)
 
 

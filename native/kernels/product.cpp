@@ -1,6 +1,9 @@
 #include <cstring>
 
 #include "product_fp8.hpp"
+#ifdef __AMX_BF16__
+#include "product_split_amx.hpp"
+#endif
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
@@ -138,6 +141,8 @@ void pack_any(Format format, const float* x, int64_t in, float* panels, int64_t 
     switch (format) {
         case Format::mxfp4: return pack<NibbleOrder>(x, in, panels, panel_rows, row);
         case Format::fp8:
+        case Format::fp8_split:
+        case Format::fp8_f32scale_split:
         case Format::fp8_f32scale: return pack<ByteOrder>(x, in, panels, panel_rows, row);
         default: return pack<NaturalOrder>(x, in, panels, panel_rows, row);
     }
@@ -442,6 +447,10 @@ void multiply_fp8(const Product& p, int64_t first, int64_t last) {
 
 void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
     if (format == Format::mxfp4_int8) return pack_row_int8(x, in, panels, panel_rows, row);
+#ifdef __AMX_BF16__
+    if (format == Format::bf16_split) return pack_row_split<Bf16Split>(x, in, panels, panel_rows, row);
+    if (format > Format::bf16_split) return pack_row_split<Fp8Split<uint8_t>>(x, in, panels, panel_rows, row);
+#endif
     pack_any(format, x, in, panels, panel_rows, row);
 }
 
@@ -454,6 +463,15 @@ void multiply(const Product& product, int64_t first, int64_t last) {
         case Format::fp8_f32scale: return multiply_fp8<float>(product, first, last);
         case Format::mxfp4: return multiply_as<Mxfp4Row>(product, first, last);
         case Format::mxfp4_int8: return multiply_int8(product, first, last);
+#ifdef __AMX_BF16__
+        case Format::bf16_split: return multiply_split<Bf16Split>(product, first, last);
+        case Format::fp8_split: return multiply_split<Fp8Split<uint8_t>>(product, first, last);
+        case Format::fp8_f32scale_split: return multiply_split<Fp8Split<float>>(product, first, last);
+#else
+        case Format::bf16_split: return multiply_as<Bf16Row>(product, first, last);
+        case Format::fp8_split: return multiply_fp8<uint8_t>(product, first, last);
+        case Format::fp8_f32scale_split: return multiply_fp8<float>(product, first, last);
+#endif
     }
 }
 

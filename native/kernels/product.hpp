@@ -9,8 +9,9 @@
 
 namespace tenfold::TENFOLD_ISA {
 
-// As in src/tenfold/ops/cpu_linear.py. mxfp4_int8 is mxfp4, multiplied with activations rounded to int8.
-enum class Format : int32_t { f32, bf16, fp8, fp8_f32scale, mxfp4, mxfp4_int8 };
+// As in src/tenfold/ops/cpu_linear.py. mxfp4_int8 is mxfp4, multiplied with activations rounded to int8; the ones behind
+// it are bf16, fp8 and fp8_f32scale, multiplied with activations in two parts of bf16 where that is faster (AMX).
+enum class Format : int32_t { f32, bf16, fp8, fp8_f32scale, mxfp4, mxfp4_int8, bf16_split, fp8_split, fp8_f32scale_split };
 
 // A weight as it is stored (spec 3.1), [out, in]; in is a multiple of 32 for mxfp4.
 struct Matrix {

@@ -52,24 +52,11 @@ struct Unpacked {
     alignas(64) float scales[kPanelBlocks][kSideRows];
 };
 
-// The codes of sixteen rows' block: v[i] has eight columns of each row, two in a byte.
-inline __attribute__((always_inline)) void load_block(const uint8_t* const* codes, int64_t offset, __m512i (&v)[4]) {
-    const auto load = [=](int row) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes[row] + offset));
-    };
-    for (int i = 0; i < 4; ++i) {
-        v[i] = _mm512_castsi128_si512(load(i));
-        v[i] = _mm512_inserti32x4(v[i], load(i + 4), 1);
-        v[i] = _mm512_inserti32x4(v[i], load(i + 8), 2);
-        v[i] = _mm512_inserti32x4(v[i], load(i + 12), 3);
-    }
-    transpose_quads(v);
-}
-
+// Of a block v[i] has eight columns of each row, two in a byte.
 inline void unpack_block(const uint8_t* const* codes, int64_t offset, int8_t* words) {
     const __m512i doubled = doubled_e2m1();
     __m512i v[4];
-    load_block(codes, offset, v);
+    load_quads(codes, offset, v);
     for (int i = 0; i < 4; ++i) {
         _mm512_store_si512(words + 128 * i, _mm512_shuffle_epi8(doubled, even_codes(v[i])));
         _mm512_store_si512(words + 128 * i + 64, _mm512_shuffle_epi8(doubled, odd_codes(v[i])));
@@ -124,7 +111,7 @@ TENFOLD_APART void dot_rows(const Product& p, int64_t row, int64_t last) {
         const __m512i bytes = scale_bytes(rows.scale, first, count);
         for (int64_t b = 0; b < count; ++b) {
             __m512i v[4];
-            load_block(rows.codes, 16 * (first + b), v);
+            load_quads(rows.codes, 16 * (first + b), v);
             const float* const x_scales = scales_of_row(p, 0, first + b);
             const int32_t* const corrections = corrections_of_row(p, 0, first + b);
             const __m512 scales = scales_of(bytes, b);

@@ -100,7 +100,7 @@ def _int8_product_ops_per_s() -> float:
     codes = [torch.randint(0, 256, (_WIDTH, _WIDTH // 2), dtype=torch.uint8) for _ in range(3)]
     w1, w2, w3 = (Weight("probe", (_WIDTH, _WIDTH), MXFP4, code.view(torch.int8), scale) for code in codes)
     x = torch.randn(_ROWS, _WIDTH)
-    return 6 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu_linear.feed_forward(x, w1, w2, w3, None, int8=True))
+    return 6 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu_linear.feed_forward(x, w1, w2, w3, None, rounded=True))
 
 
 def _with_index(measured: Measured, config: ModelConfig) -> Measured:

@@ -261,12 +261,12 @@ def test_grouped_linear_agrees_with_float64(form: WeightFormat, isa: str, groups
 def test_matrices_of_a_stack_give_the_bits_of_each(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = ((FP8_BLOCK, 70), (FP8_BLOCK, 1), (BF16, 33), (F32, 6), (BF16, 300), (MXFP4, 9))
     stack = Stack(tuple(weight(form, out, 160, seed=place) for place, (form, out) in enumerate(shapes)))
-    for n, int8 in ((0, False), (1, False), (1, True), (29, True)):
+    for n, rounded in ((0, False), (1, False), (1, True), (29, True)):
         x = rows(n, 160)
-        apart = [cpu_linear.linear(x, each, int8=int8, isa=isa) for each in stack.weights]
+        apart = [cpu_linear.linear(x, each, rounded=rounded, isa=isa) for each in stack.weights]
         for slice_numbers in (1 << 24, 8 * 800):
             monkeypatch.setattr(cpu_linear, "_SLICE_NUMBERS", slice_numbers)
-            found = cpu_linear.linear_each(x, stack, int8=int8, isa=isa)
+            found = cpu_linear.linear_each(x, stack, rounded=rounded, isa=isa)
             assert all(torch.equal(one, other) for one, other in zip(found, apart, strict=True))
 
 
@@ -363,19 +363,21 @@ def test_tokens_do_not_influence_each_other_in_experts(isa: str, monkeypatch: py
 def test_a_shared_expert_beside_the_others_is_what_it_is_alone(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bank, shared = bank_of(MXFP4, MXFP4, 5, 128, 544), bank_of(FP8_BLOCK, FP8_BLOCK, 1, 128, 600)
 
-    def beside(x: Tensor, ids: Tensor, weights: Tensor, int8: bool) -> Tensor:
+    def beside(x: Tensor, ids: Tensor, weights: Tensor, rounded: bool) -> Tensor:
         return cpu_linear.experts(
-            x, ids, weights, bank, limit=10.0, weigh_first=True, shared=shared, int8=int8, isa=isa
+            x, ids, weights, bank, limit=10.0, weigh_first=True, shared=shared, rounded=rounded, isa=isa
         )
 
-    for n, topk, int8 in ((0, 3, False), (1, 3, False), (1, 3, True), (30, 3, False), (9, 0, False)):
+    for n, topk, rounded in ((0, 3, False), (1, 3, False), (1, 3, True), (30, 3, False), (9, 0, False)):
         x, (ids, weights) = rows(n, 128), routed(n, topk, 5)
-        apart = cpu_linear.experts(x, ids, weights, bank, limit=10.0, weigh_first=True, int8=int8, isa=isa)
-        apart = apart + cpu_linear.feed_forward(x, shared.w1[0], shared.w2[0], shared.w3[0], 10.0, int8=int8, isa=isa)
-        assert torch.equal(beside(x, ids, weights, int8), apart)
+        apart = cpu_linear.experts(x, ids, weights, bank, limit=10.0, weigh_first=True, rounded=rounded, isa=isa)
+        apart = apart + cpu_linear.feed_forward(
+            x, shared.w1[0], shared.w2[0], shared.w3[0], 10.0, rounded=rounded, isa=isa
+        )
+        assert torch.equal(beside(x, ids, weights, rounded), apart)
         with monkeypatch.context() as patch:
             patch.setattr(cpu_linear, "_SLICE_NUMBERS", 13 * (128 + 3 * 544 + 1000))
-            assert torch.equal(beside(x, ids, weights, int8), apart)
+            assert torch.equal(beside(x, ids, weights, rounded), apart)
 
 
 @isa_cases
@@ -443,7 +445,7 @@ def test_int8_activations_are_nearer_than_the_official_rounding(isa: str) -> Non
     expected = law(x, w)
     official = relative_error(law(rounded_to_e4m3(x), w), expected)
     for n in (1, 2, 3, 12, 33):
-        error = relative_error(cpu_linear.linear(x[:n], w, int8=True, isa=isa), expected[:n])
+        error = relative_error(cpu_linear.linear(x[:n], w, rounded=True, isa=isa), expected[:n])
         assert error < 7e-3
         assert error < official / 3
 
@@ -458,9 +460,9 @@ def test_int8_products_are_those_of_the_rounded_activations(isa: str, columns: i
     rounded = ((blocks * inverse).round() * (largest / 127)).view_as(x)
     expected, sizes = law(rounded, w), sizes_of(rounded, w)
     for n in (0, 1, 2, 3, 13, 29):
-        found = cpu_linear.linear(x[:n], w, int8=True, isa=isa)
+        found = cpu_linear.linear(x[:n], w, rounded=True, isa=isa)
         assert_near(found, expected[:n], sizes[:n])
-        assert n == 0 or torch.equal(found[-1:], cpu_linear.linear(x[n - 1 : n], w, int8=True, isa=isa))
+        assert n == 0 or torch.equal(found[-1:], cpu_linear.linear(x[n - 1 : n], w, rounded=True, isa=isa))
 
 
 @isa_cases
@@ -469,21 +471,90 @@ def test_int8_rows_that_are_tiny_or_not_finite(isa: str) -> None:
     x[0], x[1] = 0.0, 1e-38
     x[2, 50], x[3, 50] = float("nan"), float("-inf")
     for part in (x, x[:1], x[1:2]):
-        found = cpu_linear.linear(part, w, int8=True, isa=isa)
+        found = cpu_linear.linear(part, w, rounded=True, isa=isa)
         assert (found[0] == 0).all()
-    found = cpu_linear.linear(x, w, int8=True, isa=isa)
+    found = cpu_linear.linear(x, w, rounded=True, isa=isa)
     assert found.isnan().all(1).tolist() == [False, False, True, True, False, False]
     assert found[[0, 1, 4, 5]].isfinite().all()
 
 
+def splits(form: WeightFormat, isa: str) -> bool:
+    """Whether rounded activations meet these weights as two bf16 numbers."""
+    return isa == "amx" and form in (BF16, FP8_BLOCK, FP8_BLOCK_F32)
+
+
 @isa_cases
-def test_int8_changes_products_with_fp4_weights_alone(isa: str) -> None:
+def test_rounding_changes_the_products_that_gain_by_it_alone(isa: str) -> None:
     for form in FORMATS:
         w, x = weight(form, 9, 64), rows(3, 64)
-        plain, rounded = (cpu_linear.linear(x, w, int8=int8, isa=isa) for int8 in (False, True))
-        assert torch.equal(plain, rounded) == (form is not MXFP4)
-        plain, rounded = (cpu_linear.grouped_linear(x.view(1, 3, 64), w, int8=int8, isa=isa) for int8 in (False, True))
-        assert torch.equal(plain, rounded) == (form is not MXFP4)
+        for run in (cpu_linear.linear, cpu_linear.grouped_linear):
+            given = x if run is cpu_linear.linear else x.view(1, 3, 64)
+            plain, found = (run(given, w, rounded=rounded, isa=isa) for rounded in (False, True))
+            assert torch.equal(plain, found) == (form is not MXFP4 and not splits(form, isa))
+
+
+@isa_cases
+def test_a_head_is_not_rounded(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "_HEAD_NUMBERS", 40 * 64)
+    w, x = weight(BF16, 40, 64), rows(3, 64)
+    found = cpu_linear.linear(x, w, rounded=True, isa=isa)
+    assert torch.equal(found, cpu_linear.linear(x, w, isa=isa))
+    stack = Stack((w, weight(BF16, 39, 64)))
+    assert torch.equal(cpu_linear.linear_each(x, stack, rounded=True, isa=isa)[0], found)
+
+
+@isa_cases
+@pytest.mark.parametrize("form", [BF16, FP8_BLOCK, FP8_BLOCK_F32], ids=lambda form: form.name)
+@pytest.mark.parametrize("out", [1, 3, 17, 33, 67, 131, 260])
+@pytest.mark.usefixtures("two_threads")
+def test_sixteen_bits_of_each_activation_are_left(form: WeightFormat, isa: str, out: int) -> None:
+    """Within 2^-17 of each term and a float32 sum's error, alone and in any company, from any address."""
+    for columns in (1, 31, 32, 33, 64, 95, 97, 127, 129, 513, 1000, 1061):
+        w, x = weight(form, out, columns, seed=columns), rows(101, columns, seed=out)
+        sizes, expected = sizes_of(x, w), law(x, w)
+        found = cpu_linear.linear(x, w, rounded=True, isa=isa)
+        assert ((found.double() - expected).abs() <= (2**-17 + 5e-7) * sizes).all()
+        for n in (0, 1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65):
+            assert torch.equal(cpu_linear.linear(x[-n:] if n else x[:0], w, rounded=True, isa=isa), found[101 - n :])
+        torch.set_num_threads(1)
+        assert torch.equal(cpu_linear.linear(x, w, rounded=True, isa=isa), found)
+        torch.set_num_threads(2)
+
+
+@isa_cases
+@pytest.mark.parametrize("n", [1, 3, 32])
+@pytest.mark.parametrize("scale", [0, 1, 126, 127, 135, 246, 250])
+def test_every_fp8_code_meets_split_activations(isa: str, scale: int, n: int) -> None:
+    """One of each code alone with one: the reference's numbers, where the largest is no infinity."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 256).contiguous()
+    w = Weight("w", (256, 256), FP8_BLOCK, codes, torch.full((2, 2), scale, dtype=torch.uint8))
+    expected = reference.dequantize(w)
+    for column in (0, 1, 2, 3, 62, 127, 128, 255):
+        one = torch.zeros(n, 256)
+        one[:, column] = 1.0
+        found = cpu_linear.linear(one, w, rounded=True, isa=isa)
+        numbers = expected[:, column].isfinite()
+        assert torch.equal(found[:, numbers], expected[numbers, column].expand(n, -1))
+        assert found[:, [0x7F, 0xFF]].isnan().all()
+
+
+@isa_cases
+@pytest.mark.parametrize("n", [1, 4, 40])
+def test_split_activations_that_are_large_tiny_or_not_finite(isa: str, n: int) -> None:
+    w, x = weight(FP8_BLOCK, 50, 320), rows(n, 320)
+    whole = cpu_linear.linear(x, w, rounded=True, isa=isa)
+    for wrong in (float("inf"), float("-inf"), float("nan")):
+        x[n - 1] = 1.0
+        x[n - 1, 7] = wrong
+        found = cpu_linear.linear(x, w, rounded=True, isa=isa)
+        assert torch.equal(found[: n - 1], whole[: n - 1])
+        assert not found[n - 1].isfinite().any()
+    x[n - 1] = 0.0
+    small = Weight("w", w.shape, FP8_BLOCK, w.data, torch.full((1, 3), 110, dtype=torch.uint8))
+    for size in (1e38, 1e-30):  # 448 times the first, less 2^8, is the largest that a tile's sums hold
+        x[n - 1, 7] = size
+        found = cpu_linear.linear(x, small, rounded=True, isa=isa)[n - 1 :]
+        assert_near(found / size, law(x[n - 1 :], small) / size)
 
 
 @isa_cases
@@ -494,7 +565,7 @@ def test_int8_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(part: slice) -> Tensor:
         chosen = (x[part], ids[part], weights[part])
-        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, int8=True, isa=isa)
+        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, rounded=True, isa=isa)
 
     together = run(slice(None))
     assert relative_error(together, experts_law(x, ids, weights, bank, 10.0)) < 2e-2
@@ -513,9 +584,9 @@ def test_two_rows_side_by_side_have_the_bits_of_one() -> None:
             w = weight(form, out, columns)
             for n in (1, 2, 3, 4, 5, 13, 40):
                 x = rows(n, columns)
-                for int8 in (False, True):
-                    wide, narrow = (cpu_linear.linear(x, w, int8=int8, isa=isa) for isa in ("avx512", "avx2"))
-                    if int8 and form is MXFP4:
+                for rounded in (False, True):
+                    wide, narrow = (cpu_linear.linear(x, w, rounded=rounded, isa=isa) for isa in ("avx512", "avx2"))
+                    if rounded and form is MXFP4:
                         assert float((wide - narrow).abs().max() / narrow.abs().max()) < 1e-6
                     else:
                         assert torch.equal(wide, narrow)

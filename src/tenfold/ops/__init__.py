@@ -538,10 +538,10 @@ def select(name: str, *, exact: bool) -> tuple[str, Ops]:
 
         return name, cast(Ops, reference)
     if name == "cpu":
-        from tenfold.ops import cpu, cpu_int8
+        from tenfold.ops import cpu, cpu_rounded
 
         _native.isa()  # raises BackendMissing with the command to build it
-        return name, cast(Ops, cpu if exact else cpu_int8)
+        return name, cast(Ops, cpu if exact else cpu_rounded)
     if name == "triton":
         return name, _triton(exact)
     raise UsageError(f"unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}")

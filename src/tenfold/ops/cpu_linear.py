@@ -1,9 +1,9 @@
 """Weights times activations on the CPU: `linear`, `linear_each`, `grouped_linear`, `feed_forward`, `experts`.
 
 Weights are multiplied as they are stored, so a mapped checkpoint needs no memory of its own. Activations stay
-float32, and the only error is that of float32 sums, about 1e-7. With `int8` those that meet MXFP4 weights are rounded
-to int8, one scale per 32, which is faster; docs/concepts/numerics.md has its error. Knows nothing of any other
-operation, nor who chooses.
+float32, and the only error is that of float32 sums, about 1e-7. With `rounded` those that meet MXFP4 weights are
+rounded to int8, one scale per 32, and on CPUs with AMX those that meet FP8 and bf16 weights to two bf16 numbers each,
+which is faster; docs/concepts/numerics.md has the errors. Knows nothing of any other operation, nor who chooses.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ __all__ = ["experts", "feed_forward", "grouped_linear", "linear", "linear_each",
 _SLICE_NUMBERS = 1 << 24
 """Float32 numbers of scratch a call may take, 64 MiB; every slice of rows unpacks the weights again."""
 
-_KERNEL_FORMATS = {F32.name: 0, BF16.name: 1, FP8_BLOCK.name: 2, FP8_BLOCK_F32.name: 3, MXFP4.name: 4}
-_INT8_FORMATS = {4: 5}
-"""The kernel format with int8 activations, where there is one."""
+_BF16 = 1
+_KERNEL_FORMATS = {F32.name: 0, BF16.name: _BF16, FP8_BLOCK.name: 2, FP8_BLOCK_F32.name: 3, MXFP4.name: 4}
+_ROUNDED_FORMATS = {_BF16: 6, 2: 7, 3: 8, 4: 5}
+"""The kernel format with rounded activations, where there is one."""
+_HEAD_NUMBERS = 1 << 26
+"""A weight in bf16 that has as many is a head: one row meets it, which nothing is gained by rounding."""
 _CODE_DTYPES = {F32.name: torch.float32, BF16.name: torch.bfloat16}
 
 _LINEAR = (Argument("x", "torch.float32", ("n", "in")),)
@@ -90,16 +93,16 @@ def prepare(weight: Weight, resident: bool) -> Weight:
     return weight
 
 
-def linear(x: Tensor, weight: Weight, *, int8: bool = False, isa: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, *, rounded: bool = False, isa: str | None = None) -> Tensor:
     x = x.contiguous()
     rows = match(_LINEAR, x)["n"]
-    return _product(x, weight, rows, 1, x.shape[1], int8, isa)
+    return _product(x, weight, rows, 1, x.shape[1], rounded, isa)
 
 
-def linear_each(x: Tensor, stack: Stack, *, int8: bool = False, isa: str | None = None) -> tuple[Tensor, ...]:
+def linear_each(x: Tensor, stack: Stack, *, rounded: bool = False, isa: str | None = None) -> tuple[Tensor, ...]:
     """One call for all, the weights' rows shared out between the threads one matrix after the other."""
     x = x.contiguous()
-    n, ready = match(_LINEAR, x)["n"], _stacked(stack, int8)
+    n, ready = match(_LINEAR, x)["n"], _stacked(stack, rounded)
     columns = x.shape[1]
     if columns != ready.in_features:
         raise ValueError(f"x: expected rows of {ready.in_features}, got {tuple(x.shape)}")
@@ -116,13 +119,15 @@ def linear_each(x: Tensor, stack: Stack, *, int8: bool = False, isa: str | None 
     return tuple(part.view(n, size) for part, size in zip(parts, ready.out_features, strict=True))
 
 
-def grouped_linear(x: Tensor, weight: Weight, *, int8: bool = False, isa: str | None = None) -> Tensor:
+def grouped_linear(x: Tensor, weight: Weight, *, rounded: bool = False, isa: str | None = None) -> Tensor:
     x = x.contiguous()
     sizes = match(_GROUPED, x)
-    return _product(x, weight, sizes["n"], sizes["groups"], sizes["in"], int8, isa)
+    return _product(x, weight, sizes["n"], sizes["groups"], sizes["in"], rounded, isa)
 
 
-def _product(x: Tensor, weight: Weight, n: int, groups: int, in_features: int, int8: bool, isa: str | None) -> Tensor:
+def _product(
+    x: Tensor, weight: Weight, n: int, groups: int, in_features: int, rounded: bool, isa: str | None
+) -> Tensor:
     matrix = _matrix(weight)
     if matrix.in_features != in_features or groups == 0 or matrix.out_features % groups:
         raise ValueError(f"x: expected shape for {weight.name} {weight.shape}, got {tuple(x.shape)}")
@@ -133,7 +138,7 @@ def _product(x: Tensor, weight: Weight, n: int, groups: int, in_features: int, i
     out_features = matrix.out_features // groups
     _native._kernel("linear", isa)(
         x.data_ptr(), matrix.codes, matrix.scale, y.data_ptr(), panels.data_ptr(), n, groups, out_features,
-        in_features, slice_rows, _kernel_format(matrix.format, int8), _native.num_threads(),
+        in_features, slice_rows, _form_of(matrix, rounded), _native.num_threads(),
     )  # fmt: skip
     return y
 
@@ -145,19 +150,19 @@ def feed_forward(
     w3: Weight,
     limit: float | None,
     *,
-    int8: bool = False,
+    rounded: bool = False,
     isa: str | None = None,
 ) -> Tensor:
     x = x.contiguous()
     match(_LINEAR, x)
-    return _alone(x, _block(w1, w2, w3), limit, int8, isa)
+    return _alone(x, _block(w1, w2, w3), limit, rounded, isa)
 
 
-def _alone(x: Tensor, bank: _Bank, limit: float | None, int8: bool, isa: str | None) -> Tensor:
+def _alone(x: Tensor, bank: _Bank, limit: float | None, rounded: bool, isa: str | None) -> Tensor:
     """Every token through the one expert of a bank."""
     n = x.shape[0]
     ids, weights = torch.zeros(n, 1, dtype=torch.int64), torch.ones(n, 1)
-    return _experts(x, ids, weights, bank, None, limit, int8, isa)
+    return _experts(x, ids, weights, bank, None, limit, rounded, isa)
 
 
 def experts(
@@ -169,7 +174,7 @@ def experts(
     limit: float | None,
     weigh_first: bool,
     shared: Experts | None = None,
-    int8: bool = False,
+    rounded: bool = False,
     isa: str | None = None,
 ) -> Tensor:
     """One call per layer, tokens grouped by expert. `weigh_first` changes nothing but rounding: it is always so."""
@@ -177,7 +182,7 @@ def experts(
     if beside is not None and beside.addresses.shape[0] != 1:
         raise ValueError(f"shared: expected a bank of one expert, got {beside.addresses.shape[0]}")
     _check_ids(ids, ready.addresses.shape[0])
-    return _experts(x.contiguous(), ids.contiguous(), weights.contiguous(), ready, beside, limit, int8, isa)
+    return _experts(x.contiguous(), ids.contiguous(), weights.contiguous(), ready, beside, limit, rounded, isa)
 
 
 class _SharedExpert(ctypes.Structure):
@@ -197,7 +202,7 @@ def _experts(
     bank: _Bank,
     shared: _Bank | None,
     limit: float | None,
-    int8: bool,
+    rounded: bool,
     isa: str | None,
 ) -> Tensor:
     sizes = match(_EXPERTS, x, ids, weights)
@@ -206,12 +211,12 @@ def _experts(
         raise ValueError(f"x: expected rows of {bank.hidden}, also for the shared expert, got {tuple(x.shape)}")
     out = torch.empty_like(x)
     if n * topk == 0 or bank.inner == 0 or bank.hidden == 0:
-        return out.zero_() if shared is None else _alone(x, shared, limit, int8, isa)
+        return out.zero_() if shared is None else _alone(x, shared, limit, rounded, isa)
     beside, each, more = None, bank.numbers_each, 0
     if shared is not None:
         more, summand = shared.numbers_each, torch.empty_like(x)
         each -= -more // topk  # rounded up
-        formats = _kernel_format(shared.gate_format, int8), _kernel_format(shared.down_format, int8)
+        formats = _kernel_format(shared.gate_format, rounded), _kernel_format(shared.down_format, rounded)
         beside = _SharedExpert(shared.addresses.data_ptr(), summand.data_ptr(), shared.inner, *formats)
         if (recorder := _native.recorder()) is not None:
             recorder.hold(beside)
@@ -221,7 +226,7 @@ def _experts(
         x.data_ptr(), ids.data_ptr(), weights.data_ptr(), bank.addresses.data_ptr(),
         None if beside is None else ctypes.addressof(beside), out.data_ptr(), pairs.data_ptr(), memory.data_ptr(),
         n, topk, num_experts, bank.hidden, bank.inner, slice_pairs,
-        _kernel_format(bank.gate_format, int8), _kernel_format(bank.down_format, int8),
+        _kernel_format(bank.gate_format, rounded), _kernel_format(bank.down_format, rounded),
         math.inf if limit is None else limit, _native.num_threads(),
     )  # fmt: skip
     return out
@@ -258,8 +263,13 @@ def _scratch(rows: int, numbers_each: int, more: int = 0) -> tuple[Tensor, int]:
     return _memory.numbers, slice_rows
 
 
-def _kernel_format(stored: int, int8: bool) -> int:
-    return _INT8_FORMATS.get(stored, stored) if int8 else stored
+def _kernel_format(stored: int, rounded: bool) -> int:
+    return _ROUNDED_FORMATS.get(stored, stored) if rounded else stored
+
+
+def _form_of(matrix: _Matrix, rounded: bool) -> int:
+    is_head = matrix.format == _BF16 and matrix.out_features * matrix.in_features >= _HEAD_NUMBERS
+    return _kernel_format(matrix.format, rounded and not is_head)
 
 
 def _padded(columns: int) -> int:
@@ -306,21 +316,21 @@ def _dense(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
     return tensor.data_ptr()
 
 
-def _stacked(stack: Stack, int8: bool) -> _Stacked:
+def _stacked(stack: Stack, rounded: bool) -> _Stacked:
     """Checked once in a stack's life; weights of one format stand together, so that each form is packed once."""
     found = _stacks.setdefault(stack, {})
-    if int8 not in found:
-        found[int8] = _checked_stack(stack, int8)
-    return found[int8]
+    if rounded not in found:
+        found[rounded] = _checked_stack(stack, rounded)
+    return found[rounded]
 
 
-def _checked_stack(stack: Stack, int8: bool) -> _Stacked:
+def _checked_stack(stack: Stack, rounded: bool) -> _Stacked:
     matrices = [_matrix(weight) for weight in stack.weights]
     widths = {matrix.in_features for matrix in matrices}
     if len(widths) != 1:
         raise ValueError(f"stack: expected weights of one width, got {sorted(widths)}")
     parts, form = [], 0
-    formats = [_kernel_format(matrix.format, int8) for matrix in matrices]
+    formats = [_form_of(matrix, rounded) for matrix in matrices]
     for place, matrix in enumerate(matrices):
         form += place > 0 and formats[place] != formats[place - 1]
         parts.append([matrix.codes, matrix.scale, matrix.out_features, formats[place], form])

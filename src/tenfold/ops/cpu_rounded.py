@@ -1,4 +1,4 @@
-"""The native CPU backend with activations rounded to int8, one scale per 32, wherever they meet MXFP4 weights.
+"""The native CPU backend with activations rounded where that is faster: `rounded` of `ops/cpu_linear.py`.
 
 What deployed numerics run: nearer to float32 than the official inference's own rounding (docs/concepts/numerics.md).
 Every other operation is that of `ops/cpu.py`.
@@ -64,8 +64,8 @@ __all__ = [
     "unpack_rows",
 ]
 
-linear = partial(cpu_linear.linear, int8=True)
-linear_each = partial(cpu_linear.linear_each, int8=True)
-grouped_linear = partial(cpu_linear.grouped_linear, int8=True)
-feed_forward = partial(cpu_linear.feed_forward, int8=True)
-experts = partial(cpu_linear.experts, int8=True)
+linear = partial(cpu_linear.linear, rounded=True)
+linear_each = partial(cpu_linear.linear_each, rounded=True)
+grouped_linear = partial(cpu_linear.grouped_linear, rounded=True)
+feed_forward = partial(cpu_linear.feed_forward, rounded=True)
+experts = partial(cpu_linear.experts, rounded=True)

@@ -1,0 +1,606 @@
+// Weights in fp8 and bf16 times activations in two parts of bf16, by the tiles of AMX.
+//
+// An activation is the nearest bf16 number and what that leaves, rounded to bf16 too: together it to within 2^-17. e4m3
+// numbers are bf16 numbers. Sixteen weight rows times up to sixteen activation rows, 32 columns of one part, are one
+// instruction, whose sums are float32, in an order that does not depend on which of the two comes first. The sums of 128
+// columns leave the tiles, take their scale and are added one after the other. So no row depends on its company:
+// few activation rows have weights on the left, which need not change places for that; more have them on the right.
+#pragma once
+
+#include "amx.hpp"
+#include "product_parts.hpp"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int64_t kSplitSide = 16;    // rows of a tile
+constexpr int64_t kStepColumns = 32;  // of one instruction
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kScaleSteps = 4;  // under one scale
+constexpr int64_t kPanelSteps = kPanel / kStepColumns;
+constexpr int64_t kPanelScales = kPanelSteps / kScaleSteps;
+constexpr int64_t kSplitGroups = 8;  // groups of weight rows that activations, once near, are multiplied with
+
+inline int64_t steps_of(int64_t in) { return (in + kStepColumns - 1) / kStepColumns; }
+
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+// ---------------------------------------------------------------- weights by their format
+
+// What sums of sixteen weight rows are multiplied by, one after the other.
+struct SplitScales {
+    alignas(64) float first[kSplitSide], then[kSplitSide];
+};
+
+// A panel of sixteen weight rows, tile after tile, and the scales of its blocks.
+struct SplitPanel {
+    alignas(64) uint8_t words[kPanelSteps][kTileBytes];
+    SplitScales scales[kPanelScales];
+};
+
+// A bf16 number has e4m3's bits four places further down, and another bias: with the upper three bits of its exponent
+// set it is 2^-8 times the number. But for zero, subnormal numbers and NaN, whose bf16 bits stand here, by code without
+// its sign.
+constexpr int kLeastE4m3 = 8, kMostE4m3 = 126;  // of codes that have the bits of such a number
+
+struct E4m3Bytes {
+    alignas(64) uint8_t lower[128], upper[128];
+};
+
+constexpr E4m3Bytes make_e4m3_bytes() {
+    E4m3Bytes bytes{};
+    for (int code = 1; code < 128; ++code) {
+        int exponent = code >> 3, mantissa = code & 7;
+        if (exponent == 0) {
+            for (exponent = 1; (mantissa & 8) == 0; --exponent) mantissa *= 2;
+        }
+        const int bits = code == 127 ? 0x7FC0 : (exponent + 112) << 7 | (mantissa & 7) << 4;
+        bytes.lower[code] = static_cast<uint8_t>(bits & 255);
+        bytes.upper[code] = static_cast<uint8_t>(bits >> 8);
+    }
+    return bytes;
+}
+
+constexpr E4m3Bytes kE4m3 = make_e4m3_bytes();
+
+// The numbers of codes at even places, and of those at odd ones; of `Any` codes, or of most: `worst` then tells whether
+// others were among them.
+template <bool Any>
+inline __attribute__((always_inline)) void unpack_e4m3(__m512i codes, __m512i& even, __m512i& odd, __m512i& worst) {
+    if constexpr (Any) {
+        const __m512i* const lower = reinterpret_cast<const __m512i*>(kE4m3.lower);
+        const __m512i* const upper = reinterpret_cast<const __m512i*>(kE4m3.upper);
+        const __m512i low = _mm512_permutex2var_epi8(lower[0], codes, lower[1]);
+        const __m512i size = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);
+        const __m512i high = _mm512_or_si512(size, _mm512_and_si512(codes, _mm512_set1_epi8(-128)));
+        const __m512i mask = _mm512_set1_epi16(255);
+        even = _mm512_or_si512(_mm512_and_si512(low, mask), _mm512_slli_epi16(high, 8));
+        odd = _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_andnot_si512(mask, high));
+    } else {
+        const __m512i size = _mm512_and_si512(codes, _mm512_set1_epi8(127));
+        worst = _mm512_max_epu8(worst, _mm512_sub_epi8(size, _mm512_set1_epi8(kLeastE4m3)));
+        const __m512i kept = _mm512_set1_epi16(static_cast<int16_t>(0x87F0)), bias = _mm512_set1_epi16(112 << 7);
+        const __m512i first = _mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 4), second = _mm512_srai_epi16(codes, 4);
+        even = _mm512_ternarylogic_epi32(first, kept, bias, 0xEA);  // (first & kept) | bias
+        odd = _mm512_ternarylogic_epi32(second, kept, bias, 0xEA);
+    }
+}
+
+// The columns of a line of 64 bytes of a row in the order of its steps, and how that line becomes rows of tiles.
+template <class Scale>
+struct Fp8Split {
+    static constexpr int64_t kCodeBytes = 1, kLine = 64;
+    const Scale* scale;
+    int64_t scales_of_row;
+    explicit Fp8Split(const Matrix& m)
+        : scale(static_cast<const Scale*>(m.scale)), scales_of_row((m.in + 127) / 128) {}
+
+    // Of sixteen rows from `row` on.
+    void scales_at(int64_t row, int64_t last, int64_t block, SplitScales& to) const {
+        for (int64_t r = 0; r < kSplitSide; ++r) {
+            const float given = scale_of(scale[smaller(row + r, last - 1) / 128 * scales_of_row + block]);
+            to.first[r] = given < 1.0F ? 1.0F : 0x1p8F;  // neither a large scale nor a large sum overflows by the 2^8
+            to.then[r] = given < 1.0F ? 0x1p8F * given : given;
+        }
+    }
+
+    // Even columns are one step, odd ones the next; half a line is one step.
+    template <bool Any>
+    static void unpack(__m512i codes, bool whole, __m512i (&steps)[2], __m512i& worst) {
+        unpack_e4m3<Any>(codes, steps[0], steps[1], worst);
+        if (!whole) steps[0] = _mm512_inserti64x4(steps[0], _mm512_castsi512_si256(steps[1]), 1);
+    }
+
+    // Fours of columns of sixteen rows become pairs of columns of them.
+    template <bool Any>
+    static void unpack_fours(const __m512i (&fours)[16], bool whole, __m512i* steps, __m512i& worst) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            __m512i even, odd;
+            unpack_e4m3<Any>(fours[i], even, odd, worst);
+            if (i >= 8 && !whole) return;
+            _mm512_store_si512(steps + i, even);
+            _mm512_store_si512(steps + i + (whole ? 16 : 8), odd);
+        }
+    }
+
+    static bool needs_any(__m512i worst) {
+        return _mm512_cmpgt_epu8_mask(worst, _mm512_set1_epi8(kMostE4m3 - kLeastE4m3)) != 0;
+    }
+
+    static void arrange(__m512 (&x)[4], bool whole) {
+        const auto all = [](int first) {
+            return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20,
+                                                                                22, 24, 26, 28, 30));
+        };
+        const __m512 even[2] = {_mm512_permutex2var_ps(x[0], all(0), x[1]), _mm512_permutex2var_ps(x[2], all(0), x[3])};
+        const __m512 odd[2] = {_mm512_permutex2var_ps(x[0], all(1), x[1]), _mm512_permutex2var_ps(x[2], all(1), x[3])};
+        x[0] = even[0];
+        x[1] = whole ? even[1] : odd[0];
+        x[2] = odd[0];
+        x[3] = odd[1];
+    }
+};
+
+struct Bf16Split {
+    static constexpr int64_t kCodeBytes = 2, kLine = 32;
+    explicit Bf16Split(const Matrix&) {}
+    static void scales_at(int64_t, int64_t, int64_t, SplitScales& to) {
+        for (int64_t r = 0; r < kSplitSide; ++r) to.first[r] = to.then[r] = 1.0F;
+    }
+    static bool needs_any(__m512i) { return false; }
+    template <bool>
+    static void unpack(__m512i numbers, bool, __m512i (&steps)[2], __m512i&) {
+        steps[0] = numbers;
+    }
+    template <bool>
+    static void unpack_fours(const __m512i (&pairs)[16], bool, __m512i* steps, __m512i&) {
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(steps + i, pairs[i]);
+    }
+    static void arrange(__m512 (&)[4], bool) {}
+};
+
+// ---------------------------------------------------------------- activations
+
+// As [step][part][panel rows][32] bf16.
+inline uint16_t* split_row(void* panels, int64_t panel_rows, int64_t row, int64_t step, int64_t part) {
+    return static_cast<uint16_t*>(panels) + ((2 * step + part) * panel_rows + row) * kStepColumns;
+}
+
+inline const uint16_t* split_row(const Product& p, int64_t i, int64_t step) {
+    return split_row(const_cast<float*>(p.panels), p.panel_rows, p.first_row + i, step, 0);
+}
+
+// The nearest bf16 numbers, even ones of two, in the upper halves.
+inline __m512i nearest_bf16(__m512i bits) {
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7FFF));
+}
+
+// The parts of sixteen numbers; what is not finite is all in the first, and the largest are not rounded to infinity.
+inline void split_numbers(__m512 x, uint16_t* upper, uint16_t* rest) {
+    const __m512i bits = _mm512_castps_si512(x), sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000));
+    const __m512i infinity = _mm512_set1_epi32(0x7F800000), size = _mm512_andnot_si512(sign, bits);
+    const __mmask16 finite = _mm512_cmplt_epi32_mask(size, infinity), nan = _mm512_cmpgt_epi32_mask(size, infinity);
+    const __m512i nearest = nearest_bf16(bits);
+    const __mmask16 fits = _mm512_cmplt_epi32_mask(_mm512_andnot_si512(sign, nearest), infinity);
+    __m512i first = _mm512_srli_epi32(_mm512_mask_mov_epi32(bits, fits & finite, nearest), 16);
+    first = _mm512_mask_set1_epi32(first, nan, 0x7FC0);
+    const __m512 left = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)));
+    const __m512i second = _mm512_srli_epi32(nearest_bf16(_mm512_castps_si512(left)), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper), _mm512_cvtepi32_epi16(first));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), _mm512_cvtepi32_epi16(second));
+}
+
+template <class Weights>
+void pack_row_split(const float* x, int64_t in, void* panels, int64_t panel_rows, int64_t row) {
+    for (int64_t k = 0; k < in; k += Weights::kLine) {
+        const int64_t steps = smaller(Weights::kLine / kStepColumns, steps_of(in - k));
+        __m512 values[4];
+        for (int64_t i = 0; i < 4; ++i) {
+            const int64_t left = in - k - 16 * i;
+            const auto there = static_cast<__mmask16>(left >= 16 ? 0xFFFF : left > 0 ? (1 << left) - 1 : 0);
+            values[i] = _mm512_maskz_loadu_ps(there, x + k + 16 * i);
+        }
+        Weights::arrange(values, steps == 2);
+        for (int64_t i = 0; i < 2 * steps; ++i) {
+            const int64_t step = k / kStepColumns + i / 2, half = i % 2 * 16;
+            split_numbers(values[i], split_row(panels, panel_rows, row, step, 0) + half,
+                          split_row(panels, panel_rows, row, step, 1) + half);
+        }
+    }
+}
+
+// ---------------------------------------------------------------- panels of weights
+
+// Columns [k, k + width) of sixteen weight rows, the last one again where there are fewer.
+struct SplitRows {
+    const uint8_t* at[kSplitSide] = {};
+
+    SplitRows() = default;
+    SplitRows(const Matrix& m, int64_t code_bytes, int64_t row, int64_t last, int64_t k) {
+        for (int64_t r = 0; r < kSplitSide; ++r) {
+            at[r] = static_cast<const uint8_t*>(m.codes) + (smaller(row + r, last - 1) * m.in + k) * code_bytes;
+        }
+    }
+
+    // Of row r, zeros behind `bytes`: memory ends with the row.
+    __m512i line(int64_t r, int64_t offset, int64_t bytes) const {
+        if (bytes >= 64) return _mm512_loadu_si512(at[r] + offset);
+        return _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, at[r] + offset);
+    }
+};
+
+// The i-th four bytes of each row from the i-th lines: v[i] has them row after row.
+inline __attribute__((always_inline)) void transpose_lines(__m512i (&v)[16]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) transpose_quads(v + i);  // v[i + j]: fours j, j + 4, ... of rows i to i + 3
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {  // now whole quarters change places
+        const __m512i a = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88), b = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xDD);
+        const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xDD);
+        v[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        v[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        v[j + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        v[j + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+}
+
+// Lines of sixteen rows, from column `from` on of `width`.
+template <class Weights, bool Any>
+inline __attribute__((always_inline)) __m512i unpack_lines(const SplitRows& rows, int64_t from, int64_t width,
+                                                           SplitPanel& to) {
+    constexpr int64_t kBytes = Weights::kCodeBytes;
+    __m512i v[16], worst = _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) v[r] = rows.line(r, from * kBytes, (width - from) * kBytes);
+    transpose_lines(v);
+    const bool whole = Weights::kLine == kStepColumns || width - from > kStepColumns;
+    __m512i* const steps = reinterpret_cast<__m512i*>(to.words[from / kStepColumns]);
+    Weights::template unpack_fours<Any>(v, whole, steps, worst);
+    return worst;
+}
+
+template <class Weights>
+TENFOLD_APART void unpack_any_lines(const SplitRows& rows, int64_t from, int64_t width, SplitPanel& to) {
+    unpack_lines<Weights, true>(rows, from, width, to);
+}
+
+// Tiles of a pair of columns of all rows, pair after pair. The panel behind this one is asked for.
+template <class Weights>
+TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t row, int64_t last, int64_t k,
+                                int64_t width, SplitPanel& to) {
+    constexpr int64_t kBytes = Weights::kCodeBytes;
+    const SplitRows rows(m, kBytes, row, last, k);
+    const int64_t next = smaller(width, m.in - k - width);
+    const int64_t ahead = next > 0 ? width : kSplitSide * m.in - k;  // in these rows or in the next sixteen
+    for (const uint8_t* codes : rows.at) prefetch_lines(codes + ahead * kBytes, (next > 0 ? next : width) * kBytes);
+    for (int64_t from = 0; from < width; from += Weights::kLine) {
+        const __m512i worst = unpack_lines<Weights, false>(rows, from, width, to);
+        if (Weights::needs_any(worst)) unpack_any_lines<Weights>(rows, from, width, to);
+    }
+    for (int64_t block = 0; block * 128 < width; ++block) {
+        weights.scales_at(row, last, k / 128 + block, to.scales[block]);
+    }
+}
+
+// Sums of 128 columns from four tiles.
+struct SplitSums {
+    alignas(64) float of[4][kSplitSide * kSplitSide];
+};
+
+// ---------------------------------------------------------------- few activation rows: weights on the left
+
+// Activations of a step as they stand on the right: [part][pair of columns][row][2].
+struct SplitRight {
+    const uint8_t* at;
+    int64_t stride, part_bytes, step_bytes;
+};
+
+SplitRight right_of(const Product& p, uint32_t* memory) {
+    const int64_t steps = steps_of(p.weight.in), count = p.count, part = p.panel_rows * kStepColumns * 2;
+    const uint16_t* const from = split_row(p, 0, 0);
+    if (count == 1) return {reinterpret_cast<const uint8_t*>(from), 4, part, 2 * part};
+    for (int64_t i = 0; i < 2 * steps; ++i) {
+        for (int64_t row = 0; row < count; ++row) {
+            uint32_t pairs[16];
+            std::memcpy(pairs, from + (i * p.panel_rows + row) * kStepColumns, 64);
+            for (int64_t j = 0; j < 16; ++j) memory[(i * 16 + j) * count + row] = pairs[j];
+        }
+    }
+    return {reinterpret_cast<const uint8_t*>(memory), 4 * count, 64 * count, 128 * count};
+}
+
+// One step of 32 columns: tiles 4 and 5 hold the activations' two parts, tile `Block` the sums of its 128 columns.
+template <int Block>
+inline void multiply_left(const uint8_t* words) {
+    if constexpr (Block == 0) {
+        _tile_loadd(6, words, 64);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_dpbf16ps(0, 6, 5);
+    } else if constexpr (Block == 1) {
+        _tile_loadd(7, words, 64);
+        _tile_dpbf16ps(1, 7, 4);
+        _tile_dpbf16ps(1, 7, 5);
+    } else if constexpr (Block == 2) {
+        _tile_loadd(6, words, 64);
+        _tile_dpbf16ps(2, 6, 4);
+        _tile_dpbf16ps(2, 6, 5);
+    } else {
+        _tile_loadd(7, words, 64);
+        _tile_dpbf16ps(3, 7, 4);
+        _tile_dpbf16ps(3, 7, 5);
+    }
+}
+
+// A panel of sixteen weight rows: `width` columns from k on. Panels follow one another in a row, then in the next rows.
+struct SplitPlace {
+    int64_t row, k, width;
+
+    SplitPlace(int64_t of_row, int64_t of_k, int64_t in) : row(of_row), k(of_k), width(smaller(kPanel, in - of_k)) {}
+    SplitPlace next(int64_t in) const {
+        return k + kPanel < in ? SplitPlace(row, k + kPanel, in) : SplitPlace(row + kSplitSide, 0, in);
+    }
+};
+
+// One row of a panel, row after row in each tile; as many codes are asked for that lie `ahead`.
+template <class Weights, bool Whole, bool Any>
+inline __attribute__((always_inline)) __m512i unpack_row_as(const SplitRows& rows, int64_t r, int64_t width,
+                                                            int64_t ahead, SplitPanel& to) {
+    constexpr int64_t kBytes = Weights::kCodeBytes, kLine = Weights::kLine;
+    const uint8_t* const codes = rows.at[r];
+    uint8_t* words = to.words[0] + 64 * r;
+    __m512i worst = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int64_t from = 0; from < (Whole ? kPanel : width); from += kLine, words += kLine / kStepColumns * kTileBytes) {
+        __m512i steps[2];
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + from * kBytes + ahead, _MM_HINT_T1);
+        const bool two = kLine > kStepColumns && (Whole || width - from > kStepColumns);
+        const __m512i line = Whole ? _mm512_loadu_si512(codes + from * kBytes)
+                                   : rows.line(r, from * kBytes, (width - from) * kBytes);
+        Weights::template unpack<Any>(line, two || kLine == kStepColumns, steps, worst);
+        _mm512_store_si512(words, steps[0]);
+        if (two) _mm512_store_si512(words + kTileBytes, steps[1]);
+    }
+    return worst;
+}
+
+template <class Weights, bool Whole>
+TENFOLD_APART void unpack_any_row(const SplitRows& rows, int64_t r, int64_t width, SplitPanel& to) {
+    unpack_row_as<Weights, Whole, true>(rows, r, width, 0, to);
+}
+
+template <class Weights, bool Whole>
+inline __attribute__((always_inline)) void unpack_row(const SplitRows& rows, int64_t r, int64_t width, int64_t ahead,
+                                                      SplitPanel& to) {
+    const __m512i worst = unpack_row_as<Weights, Whole, false>(rows, r, width, ahead, to);
+    if (__builtin_expect(Weights::needs_any(worst), 0)) unpack_any_row<Weights, Whole>(rows, r, width, to);
+}
+
+// The four blocks of a panel are multiplied in turns, and between them the next panel is unpacked, row by row.
+template <class Weights, bool Whole>
+TENFOLD_APART void multiply_and_unpack(const SplitRight& x, const SplitPlace& at, const SplitPanel& now,
+                                       const SplitRows& rows, int64_t width, int64_t ahead, SplitPanel& next) {
+    const int64_t steps = steps_of(at.width);
+    const uint8_t* const first = x.at + at.k / kStepColumns * x.step_bytes;
+    const auto turn = [&](auto block, int64_t place) __attribute__((always_inline)) {
+        constexpr int kBlock = decltype(block)::value;
+        const int64_t step = kBlock * kScaleSteps + place;
+        const bool there = Whole || step < steps;
+        if (there) _tile_loadd(4, first + step * x.step_bytes, x.stride);
+        if (there) _tile_loadd(5, first + step * x.step_bytes + x.part_bytes, x.stride);
+        unpack_row<Weights, Whole>(rows, place * 4 + kBlock, width, ahead, next);
+        if (there) multiply_left<kBlock>(now.words[step]);
+    };
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t place = 0; place < kScaleSteps; ++place) {
+        turn(Constant<0>{}, place);
+        turn(Constant<1>{}, place);
+        turn(Constant<2>{}, place);
+        turn(Constant<3>{}, place);
+    }
+}
+
+// Sums of 128 columns take their scales, [weight row][activation row].
+inline void add_scaled(const float* sums, const SplitScales& scales, int64_t count, float* results) {
+    if (count == 1) {
+        const __m512 sum = _mm512_mul_ps(_mm512_load_ps(sums), _mm512_load_ps(scales.first));
+        const __m512 then = _mm512_load_ps(scales.then);
+        return _mm512_store_ps(results, _mm512_fmadd_ps(sum, then, _mm512_load_ps(results)));
+    }
+    const auto all = static_cast<__mmask16>((1U << count) - 1);
+    for (int64_t r = 0; r < kSplitSide; ++r) {
+        float* const to = results + r * 16;
+        const __m512 sum = _mm512_mul_ps(_mm512_maskz_load_ps(all, sums + r * 16), _mm512_set1_ps(scales.first[r]));
+        _mm512_store_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(scales.then[r]), _mm512_load_ps(to)));
+    }
+}
+
+template <class Weights>
+void multiply_few_split(const Product& p, int64_t first, int64_t last) {
+    const Weights weights(p.weight);
+    const int64_t count = p.count, in = p.weight.in, row_bytes = in * Weights::kCodeBytes;
+    const int64_t words = count > 1 ? count * 32 * steps_of(in) : 0;
+    Scratch memory(Scratch::bytes_of<uint32_t>(words));
+    const SplitRight x = right_of(p, memory.take<uint32_t>(words));
+    const int64_t apart = count == 1 ? 1 : 16;  // floats from one weight row's results to the next
+    constexpr TileShape whole = {kSplitSide, 64};
+    const TileShape narrow = {kSplitSide, 4 * count};
+    const Tiles tiles({narrow, narrow, narrow, narrow, narrow, narrow, whole, whole});
+    SplitPanel panels[2];
+    SplitSums sums;
+    alignas(64) float results[kSplitSide * kSplitSide];
+    SplitPlace at(first, 0, in);
+    SplitRows rows(p.weight, Weights::kCodeBytes, first, last, 0);
+    for (int64_t r = 0; r < kSplitSide; ++r) unpack_row<Weights, false>(rows, r, at.width, 0, panels[0]);
+    for (int64_t n = 0; at.row < last; ++n) {
+        const SplitPlace next = at.next(in);
+        const SplitPanel& now = panels[n % 2];
+        rows = SplitRows(p.weight, Weights::kCodeBytes, smaller(next.row, last - 1), last, next.k);
+        const int64_t later = next.k + kPanel < in ? 0 : (kSplitSide - 1) * row_bytes;
+        const int64_t ahead = kPanel * Weights::kCodeBytes + later;
+        settle_memory();
+        if (at.width == kPanel && next.width == kPanel) {
+            multiply_and_unpack<Weights, true>(x, at, now, rows, kPanel, ahead, panels[(n + 1) % 2]);
+        } else {
+            multiply_and_unpack<Weights, false>(x, at, now, rows, next.width, ahead, panels[(n + 1) % 2]);
+        }
+        _tile_stored(0, sums.of[0], 4 * apart);
+        _tile_stored(1, sums.of[1], 4 * apart);
+        _tile_stored(2, sums.of[2], 4 * apart);
+        _tile_stored(3, sums.of[3], 4 * apart);
+        settle_memory();
+        const int64_t num_rows = smaller(last - at.row, kSplitSide);
+        if (at.k == 0) {
+            std::memset(results, 0, sizeof(results));
+            for (int64_t i = 0; p.add && i < count; ++i) {
+                const float* const y = y_row(p, i, at.row);
+                for (int64_t r = 0; r < num_rows; ++r) results[r * apart + i] = y[r];
+            }
+        }
+        for (int64_t block = 0; block * 128 < at.width; ++block) {
+            SplitScales scales;
+            weights.scales_at(at.row, last, at.k / 128 + block, scales);
+            add_scaled(sums.of[block], scales, count, results);
+        }
+        if (next.row != at.row) {
+            for (int64_t i = 0; i < count; ++i) {
+                float* const y = y_row(p, i, at.row);
+                for (int64_t r = 0; r < num_rows; ++r) y[r] = results[r * apart + i];
+            }
+        }
+        at = next;
+    }
+}
+
+// ---------------------------------------------------------------- more: weights on the right
+
+// 32 activation rows, two tiles, times two groups of weight rows: sums of rows 0 with groups 0 and 1, then of rows 16.
+inline void multiply_right(const uint8_t* x, int64_t part_bytes, const SplitPanel* groups, int64_t from, int64_t to,
+                           SplitSums& sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = from; step < to; ++step) {
+        const uint8_t* const upper = x + 2 * step * part_bytes;
+        const uint8_t* const rest = upper + part_bytes;
+        _tile_loadd(6, groups[0].words[step], 64);
+        _tile_loadd(4, upper, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, groups[1].words[step], 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, upper + kTileBytes, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(4, rest, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, rest + kTileBytes, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums.of[0], 64);
+    _tile_stored(1, sums.of[1], 64);
+    _tile_stored(2, sums.of[2], 64);
+    _tile_stored(3, sums.of[3], 64);
+}
+
+// One panel of 32 activation rows from i on times two groups of weight rows from `row` on, or one.
+TENFOLD_APART void multiply_split_panel(const Product& p, const SplitPanel* groups, int64_t k, int64_t width, int64_t i,
+                                        int64_t row, int64_t last) {
+    alignas(64) float results[4][kSplitSide * kSplitSide];
+    SplitSums sums[2];
+    const auto each = [&](auto&& run) {
+        for (int tile = 0; tile < 4; ++tile) {
+            const int64_t first = row + tile % 2 * kSplitSide, token = i + tile / 2 * kSplitSide;
+            if (first >= last) continue;
+            const auto exist = static_cast<__mmask16>((1U << smaller(last - first, kSplitSide)) - 1);
+            for (int64_t t = 0; t < kSplitSide; ++t) {
+                run(y_row(p, token + t, first), exist, results[tile] + t * kSplitSide);
+            }
+        }
+    };
+    if (p.add || k > 0) {
+        each([](const float* y, __mmask16 exist, float* to) { _mm512_store_ps(to, _mm512_maskz_loadu_ps(exist, y)); });
+    } else {
+        std::memset(results, 0, sizeof(results));
+    }
+    const uint8_t* const x = reinterpret_cast<const uint8_t*>(split_row(p, i, k / kStepColumns));
+    const int64_t part_bytes = p.panel_rows * kStepColumns * 2;
+    const int64_t steps = steps_of(width), blocks = (steps + kScaleSteps - 1) / kScaleSteps;
+    settle_memory();
+    for (int64_t block = 0; block <= blocks; ++block) {  // one is multiplied while the one before is added
+        if (block < blocks) {
+            const int64_t from = block * kScaleSteps;
+            multiply_right(x, part_bytes, groups, from, smaller(from + kScaleSteps, steps), sums[block % 2]);
+            settle_memory();
+        }
+        if (block == 0) continue;
+        for (int tile = 0; tile < 4; ++tile) {
+            const SplitScales& scales = groups[tile % 2].scales[block - 1];
+            const __m512 scale = _mm512_load_ps(scales.first), then = _mm512_load_ps(scales.then);
+            const float* const of_tile = sums[(block - 1) % 2].of[tile];
+            for (int64_t at = 0; at < kSplitSide * kSplitSide; at += 16) {
+                const __m512 sum = _mm512_mul_ps(_mm512_load_ps(of_tile + at), scale);
+                const __m512 before = _mm512_load_ps(results[tile] + at);
+                _mm512_store_ps(results[tile] + at, _mm512_fmadd_ps(sum, then, before));
+            }
+        }
+    }
+    each([](float* y, __mmask16 exist, const float* from) { _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(from)); });
+}
+
+template <class Weights>
+void multiply_more_split(const Product& p, int64_t first, int64_t last) {
+    constexpr TileShape whole = {kSplitSide, 64};
+    constexpr int64_t kTogether = kSplitGroups * kSplitSide, kPair = 2 * kSplitSide;
+    const Weights weights(p.weight);
+    SplitPanel panels[kSplitGroups];
+    for (int64_t row = first; row < last; row += kTogether) {
+        const int64_t stop = smaller(row + kTogether, last);
+        for (int64_t k = 0; k < p.weight.in; k += kPanel) {
+            const int64_t width = smaller(kPanel, p.weight.in - k);
+            for (int64_t r = row; r < round_up(stop - row, kPair) + row; r += kSplitSide) {
+                unpack_split(p.weight, weights, r, stop, k, width, panels[(r - row) / kSplitSide]);
+            }
+            const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
+            for (int64_t i = 0; i < p.count; i += kPair) {
+                for (int64_t r = row; r < stop; r += kPair) {
+                    multiply_split_panel(p, panels + (r - row) / kSplitSide, k, width, i, r, stop);
+                }
+            }
+        }
+    }
+}
+
+// Rows that fill no pair of tiles go by with weights on the left, sixteen at most at a time.
+template <class Weights>
+void multiply_split(const Product& p, int64_t first, int64_t last) {
+    constexpr int64_t kPair = 2 * kSplitSide;
+    Product part = p;
+    const auto run = [&](int64_t from, int64_t count, auto&& multiply_part) {
+        part.first_row = p.first_row + from;
+        part.count = count;
+        part.y = p.y_rows == nullptr ? p.y + from * p.y_stride : p.y;
+        part.y_rows = p.y_rows == nullptr ? nullptr : p.y_rows + from;
+        multiply_part(part, first, last);
+    };
+    const int64_t most = p.count / kPair * kPair;
+    if (most > 0) run(0, most, multiply_more_split<Weights>);
+    for (int64_t i = most; i < p.count; i += kSplitSide) {
+        run(i, smaller(kSplitSide, p.count - i), [](const Product& few, int64_t from, int64_t to) {
+            multiply_few_split<Weights>(few, from, to);
+        });
+    }
+}
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA
