@@ -19,6 +19,7 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kScaleSteps = 4;  // under one scale
 constexpr int64_t kPanelSteps = kPanel / kStepColumns;
 constexpr int64_t kPanelScales = kPanelSteps / kScaleSteps;
+constexpr int64_t kFewPanel = 256;   // columns that are unpacked at a time for few: twice 8 KB, in the first cache
 constexpr int64_t kSplitGroups = 8;  // groups of weight rows that activations, once near, are multiplied with
 
 inline int64_t steps_of(int64_t in) { return (in + kStepColumns - 1) / kStepColumns; }
@@ -98,13 +99,19 @@ struct Fp8Split {
     explicit Fp8Split(const Matrix& m)
         : scale(static_cast<const Scale*>(m.scale)), scales_of_row((m.in + 127) / 128) {}
 
-    // Of sixteen rows from `row` on.
+    // Of sixteen rows from `row` on, most often one for all.
     void scales_at(int64_t row, int64_t last, int64_t block, SplitScales& to) const {
-        for (int64_t r = 0; r < kSplitSide; ++r) {
-            const float given = scale_of(scale[smaller(row + r, last - 1) / 128 * scales_of_row + block]);
-            to.first[r] = given < 1.0F ? 1.0F : 0x1p8F;  // neither a large scale nor a large sum overflows by the 2^8
-            to.then[r] = given < 1.0F ? 0x1p8F * given : given;
-        }
+        const Scale* const of_row = scale + row / 128 * scales_of_row + block;
+        const int64_t same = 128 - row % 128;
+        const __m512 given = _mm512_mask_blend_ps(
+            static_cast<__mmask16>(same < kSplitSide && row + same < last ? 0xFFFF << same : 0),
+            _mm512_set1_ps(scale_of(*of_row)),
+            _mm512_set1_ps(same < kSplitSide && row + same < last ? scale_of(of_row[scales_of_row]) : 0.0F));
+        // neither a large scale nor a large sum overflows by the 2^8
+        const __mmask16 small = _mm512_cmp_ps_mask(given, _mm512_set1_ps(1.0F), _CMP_LT_OQ);
+        const __m512 lift = _mm512_set1_ps(0x1p8F);
+        _mm512_store_ps(to.first, _mm512_mask_mov_ps(lift, small, _mm512_set1_ps(1.0F)));
+        _mm512_store_ps(to.then, _mm512_mask_mul_ps(given, small, given, lift));
     }
 
     // Even columns are one step, odd ones the next; half a line is one step.
@@ -322,18 +329,10 @@ inline void multiply_left(const uint8_t* words) {
         _tile_loadd(6, words, 64);
         _tile_dpbf16ps(0, 6, 4);
         _tile_dpbf16ps(0, 6, 5);
-    } else if constexpr (Block == 1) {
+    } else {
         _tile_loadd(7, words, 64);
         _tile_dpbf16ps(1, 7, 4);
         _tile_dpbf16ps(1, 7, 5);
-    } else if constexpr (Block == 2) {
-        _tile_loadd(6, words, 64);
-        _tile_dpbf16ps(2, 6, 4);
-        _tile_dpbf16ps(2, 6, 5);
-    } else {
-        _tile_loadd(7, words, 64);
-        _tile_dpbf16ps(3, 7, 4);
-        _tile_dpbf16ps(3, 7, 5);
     }
 }
 
@@ -341,9 +340,9 @@ inline void multiply_left(const uint8_t* words) {
 struct SplitPlace {
     int64_t row, k, width;
 
-    SplitPlace(int64_t of_row, int64_t of_k, int64_t in) : row(of_row), k(of_k), width(smaller(kPanel, in - of_k)) {}
+    SplitPlace(int64_t of_row, int64_t of_k, int64_t in) : row(of_row), k(of_k), width(smaller(kFewPanel, in - of_k)) {}
     SplitPlace next(int64_t in) const {
-        return k + kPanel < in ? SplitPlace(row, k + kPanel, in) : SplitPlace(row + kSplitSide, 0, in);
+        return k + kFewPanel < in ? SplitPlace(row, k + kFewPanel, in) : SplitPlace(row + kSplitSide, 0, in);
     }
 };
 
@@ -356,7 +355,7 @@ inline __attribute__((always_inline)) __m512i unpack_row_as(const SplitRows& row
     uint8_t* words = to.words[0] + 64 * r;
     __m512i worst = _mm512_setzero_si512();
 #pragma GCC unroll 4
-    for (int64_t from = 0; from < (Whole ? kPanel : width); from += kLine, words += kLine / kStepColumns * kTileBytes) {
+    for (int64_t from = 0; from < (Whole ? kFewPanel : width); from += kLine, words += kLine / kStepColumns * kTileBytes) {
         __m512i steps[2];
         _mm_prefetch(reinterpret_cast<const char*>(codes) + from * kBytes + ahead, _MM_HINT_T1);
         const bool two = kLine > kStepColumns && (Whole || width - from > kStepColumns);
@@ -381,7 +380,7 @@ inline __attribute__((always_inline)) void unpack_row(const SplitRows& rows, int
     if (__builtin_expect(Weights::needs_any(worst), 0)) unpack_any_row<Weights, Whole>(rows, r, width, to);
 }
 
-// The four blocks of a panel are multiplied in turns, and between them the next panel is unpacked, row by row.
+// The two blocks of a panel are multiplied in turns, and between them the next panel is unpacked, row by row.
 template <class Weights, bool Whole>
 TENFOLD_APART void multiply_and_unpack(const SplitRight& x, const SplitPlace& at, const SplitPanel& now,
                                        const SplitRows& rows, int64_t width, int64_t ahead, SplitPanel& next) {
@@ -393,18 +392,15 @@ TENFOLD_APART void multiply_and_unpack(const SplitRight& x, const SplitPlace& at
         const bool there = Whole || step < steps;
         if (there) _tile_loadd(4, first + step * x.step_bytes, x.stride);
         if (there) _tile_loadd(5, first + step * x.step_bytes + x.part_bytes, x.stride);
-        unpack_row<Weights, Whole>(rows, place * 4 + kBlock, width, ahead, next);
+        unpack_row<Weights, Whole>(rows, place * 4 + kBlock * 2, width, ahead, next);
+        unpack_row<Weights, Whole>(rows, place * 4 + kBlock * 2 + 1, width, ahead, next);
         if (there) multiply_left<kBlock>(now.words[step]);
     };
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
     for (int64_t place = 0; place < kScaleSteps; ++place) {
         turn(Constant<0>{}, place);
         turn(Constant<1>{}, place);
-        turn(Constant<2>{}, place);
-        turn(Constant<3>{}, place);
     }
 }
 
@@ -444,18 +440,16 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
         const SplitPlace next = at.next(in);
         const SplitPanel& now = panels[n % 2];
         rows = SplitRows(p.weight, Weights::kCodeBytes, smaller(next.row, last - 1), last, next.k);
-        const int64_t later = next.k + kPanel < in ? 0 : (kSplitSide - 1) * row_bytes;
-        const int64_t ahead = kPanel * Weights::kCodeBytes + later;
+        const int64_t later = next.k + kFewPanel < in ? 0 : (kSplitSide - 1) * row_bytes;
+        const int64_t ahead = kFewPanel * Weights::kCodeBytes + later;
         settle_memory();
-        if (at.width == kPanel && next.width == kPanel) {
-            multiply_and_unpack<Weights, true>(x, at, now, rows, kPanel, ahead, panels[(n + 1) % 2]);
+        if (at.width == kFewPanel && next.width == kFewPanel) {
+            multiply_and_unpack<Weights, true>(x, at, now, rows, kFewPanel, ahead, panels[(n + 1) % 2]);
         } else {
             multiply_and_unpack<Weights, false>(x, at, now, rows, next.width, ahead, panels[(n + 1) % 2]);
         }
         _tile_stored(0, sums.of[0], 4 * apart);
         _tile_stored(1, sums.of[1], 4 * apart);
-        _tile_stored(2, sums.of[2], 4 * apart);
-        _tile_stored(3, sums.of[3], 4 * apart);
         settle_memory();
         const int64_t num_rows = smaller(last - at.row, kSplitSide);
         if (at.k == 0) {
