@@ -31,22 +31,13 @@ struct Constant {
 
 // ---------------------------------------------------------------- weights by their format
 
-// What sums of sixteen weight rows are multiplied by, one after the other.
-struct SplitScales {
-    alignas(64) float first[kSplitSide], then[kSplitSide];
-};
-
 // A panel of sixteen weight rows, tile after tile, and the scales of its blocks.
 struct SplitPanel {
     alignas(64) uint8_t words[kPanelSteps][kTileBytes];
-    SplitScales scales[kPanelScales];
+    alignas(64) float scales[kPanelScales][kSplitSide];
 };
 
-// A bf16 number has e4m3's bits four places further down, and another bias: with the upper three bits of its exponent
-// set it is 2^-8 times the number. But for zero, subnormal numbers and NaN, whose bf16 bits stand here, by code without
-// its sign.
-constexpr int kLeastE4m3 = 8, kMostE4m3 = 126;  // of codes that have the bits of such a number
-
+// The two bytes of each e4m3 number in bf16, by its code without the sign.
 struct E4m3Bytes {
     alignas(64) uint8_t lower[128], upper[128];
 };
@@ -55,10 +46,10 @@ constexpr E4m3Bytes make_e4m3_bytes() {
     E4m3Bytes bytes{};
     for (int code = 1; code < 128; ++code) {
         int exponent = code >> 3, mantissa = code & 7;
-        if (exponent == 0) {
+        if (exponent == 0) {  // subnormal there, not here
             for (exponent = 1; (mantissa & 8) == 0; --exponent) mantissa *= 2;
         }
-        const int bits = code == 127 ? 0x7FC0 : (exponent + 112) << 7 | (mantissa & 7) << 4;
+        const int bits = code == 127 ? 0x7FC0 : (exponent + 120) << 7 | (mantissa & 7) << 4;
         bytes.lower[code] = static_cast<uint8_t>(bits & 255);
         bytes.upper[code] = static_cast<uint8_t>(bits >> 8);
     }
@@ -67,27 +58,16 @@ constexpr E4m3Bytes make_e4m3_bytes() {
 
 constexpr E4m3Bytes kE4m3 = make_e4m3_bytes();
 
-// The numbers of codes at even places, and of those at odd ones; of `Any` codes, or of most: `worst` then tells whether
-// others were among them.
-template <bool Any>
-inline __attribute__((always_inline)) void unpack_e4m3(__m512i codes, __m512i& even, __m512i& odd, __m512i& worst) {
-    if constexpr (Any) {
-        const __m512i* const lower = reinterpret_cast<const __m512i*>(kE4m3.lower);
-        const __m512i* const upper = reinterpret_cast<const __m512i*>(kE4m3.upper);
-        const __m512i low = _mm512_permutex2var_epi8(lower[0], codes, lower[1]);
-        const __m512i size = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);
-        const __m512i high = _mm512_or_si512(size, _mm512_and_si512(codes, _mm512_set1_epi8(-128)));
-        const __m512i mask = _mm512_set1_epi16(255);
-        even = _mm512_or_si512(_mm512_and_si512(low, mask), _mm512_slli_epi16(high, 8));
-        odd = _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_andnot_si512(mask, high));
-    } else {
-        const __m512i size = _mm512_and_si512(codes, _mm512_set1_epi8(127));
-        worst = _mm512_max_epu8(worst, _mm512_sub_epi8(size, _mm512_set1_epi8(kLeastE4m3)));
-        const __m512i kept = _mm512_set1_epi16(static_cast<int16_t>(0x87F0)), bias = _mm512_set1_epi16(112 << 7);
-        const __m512i first = _mm512_srai_epi16(_mm512_slli_epi16(codes, 8), 4), second = _mm512_srai_epi16(codes, 4);
-        even = _mm512_ternarylogic_epi32(first, kept, bias, 0xEA);  // (first & kept) | bias
-        odd = _mm512_ternarylogic_epi32(second, kept, bias, 0xEA);
-    }
+// The numbers of codes at even places, and of those at odd ones.
+inline __attribute__((always_inline)) void unpack_e4m3(__m512i codes, __m512i& even, __m512i& odd) {
+    const __m512i* const lower = reinterpret_cast<const __m512i*>(kE4m3.lower);
+    const __m512i* const upper = reinterpret_cast<const __m512i*>(kE4m3.upper);
+    const __m512i low = _mm512_permutex2var_epi8(lower[0], codes, lower[1]);
+    const __m512i size = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);
+    const __m512i high = _mm512_or_si512(size, _mm512_and_si512(codes, _mm512_set1_epi8(-128)));
+    const __m512i mask = _mm512_set1_epi16(255);
+    even = _mm512_or_si512(_mm512_and_si512(low, mask), _mm512_slli_epi16(high, 8));
+    odd = _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_andnot_si512(mask, high));
 }
 
 // The columns of a line of 64 bytes of a row in the order of its steps, and how that line becomes rows of tiles.
@@ -100,42 +80,31 @@ struct Fp8Split {
         : scale(static_cast<const Scale*>(m.scale)), scales_of_row((m.in + 127) / 128) {}
 
     // Of sixteen rows from `row` on, most often one for all.
-    void scales_at(int64_t row, int64_t last, int64_t block, SplitScales& to) const {
+    void scales_at(int64_t row, int64_t last, int64_t block, float* to) const {
         const Scale* const of_row = scale + row / 128 * scales_of_row + block;
         const int64_t same = 128 - row % 128;
-        const __m512 given = _mm512_mask_blend_ps(
-            static_cast<__mmask16>(same < kSplitSide && row + same < last ? 0xFFFF << same : 0),
-            _mm512_set1_ps(scale_of(*of_row)),
-            _mm512_set1_ps(same < kSplitSide && row + same < last ? scale_of(of_row[scales_of_row]) : 0.0F));
-        // neither a large scale nor a large sum overflows by the 2^8
-        const __mmask16 small = _mm512_cmp_ps_mask(given, _mm512_set1_ps(1.0F), _CMP_LT_OQ);
-        const __m512 lift = _mm512_set1_ps(0x1p8F);
-        _mm512_store_ps(to.first, _mm512_mask_mov_ps(lift, small, _mm512_set1_ps(1.0F)));
-        _mm512_store_ps(to.then, _mm512_mask_mul_ps(given, small, given, lift));
+        const bool two = same < kSplitSide && row + same < last;
+        const __m512 first = _mm512_set1_ps(scale_of(of_row[0]));
+        const __m512 others = _mm512_set1_ps(two ? scale_of(of_row[scales_of_row]) : 0.0F);
+        _mm512_store_ps(to, _mm512_mask_mov_ps(first, static_cast<__mmask16>(two ? 0xFFFF << same : 0), others));
     }
 
     // Even columns are one step, odd ones the next; half a line is one step.
-    template <bool Any>
-    static void unpack(__m512i codes, bool whole, __m512i (&steps)[2], __m512i& worst) {
-        unpack_e4m3<Any>(codes, steps[0], steps[1], worst);
+    static void unpack(__m512i codes, bool whole, __m512i (&steps)[2]) {
+        unpack_e4m3(codes, steps[0], steps[1]);
         if (!whole) steps[0] = _mm512_inserti64x4(steps[0], _mm512_castsi512_si256(steps[1]), 1);
     }
 
     // Fours of columns of sixteen rows become pairs of columns of them.
-    template <bool Any>
-    static void unpack_fours(const __m512i (&fours)[16], bool whole, __m512i* steps, __m512i& worst) {
+    static void unpack_fours(const __m512i (&fours)[16], bool whole, __m512i* steps) {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
             __m512i even, odd;
-            unpack_e4m3<Any>(fours[i], even, odd, worst);
+            unpack_e4m3(fours[i], even, odd);
             if (i >= 8 && !whole) return;
             _mm512_store_si512(steps + i, even);
             _mm512_store_si512(steps + i + (whole ? 16 : 8), odd);
         }
-    }
-
-    static bool needs_any(__m512i worst) {
-        return _mm512_cmpgt_epu8_mask(worst, _mm512_set1_epi8(kMostE4m3 - kLeastE4m3)) != 0;
     }
 
     static void arrange(__m512 (&x)[4], bool whole) {
@@ -155,16 +124,9 @@ struct Fp8Split {
 struct Bf16Split {
     static constexpr int64_t kCodeBytes = 2, kLine = 32;
     explicit Bf16Split(const Matrix&) {}
-    static void scales_at(int64_t, int64_t, int64_t, SplitScales& to) {
-        for (int64_t r = 0; r < kSplitSide; ++r) to.first[r] = to.then[r] = 1.0F;
-    }
-    static bool needs_any(__m512i) { return false; }
-    template <bool>
-    static void unpack(__m512i numbers, bool, __m512i (&steps)[2], __m512i&) {
-        steps[0] = numbers;
-    }
-    template <bool>
-    static void unpack_fours(const __m512i (&pairs)[16], bool, __m512i* steps, __m512i&) {
+    static void scales_at(int64_t, int64_t, int64_t, float* to) { _mm512_store_ps(to, _mm512_set1_ps(1.0F)); }
+    static void unpack(__m512i numbers, bool, __m512i (&steps)[2]) { steps[0] = numbers; }
+    static void unpack_fours(const __m512i (&pairs)[16], bool, __m512i* steps) {
         for (int i = 0; i < 16; ++i) _mm512_store_si512(steps + i, pairs[i]);
     }
     static void arrange(__m512 (&)[4], bool) {}
@@ -257,26 +219,6 @@ inline __attribute__((always_inline)) void transpose_lines(__m512i (&v)[16]) {
     }
 }
 
-// Lines of sixteen rows, from column `from` on of `width`.
-template <class Weights, bool Any>
-inline __attribute__((always_inline)) __m512i unpack_lines(const SplitRows& rows, int64_t from, int64_t width,
-                                                           SplitPanel& to) {
-    constexpr int64_t kBytes = Weights::kCodeBytes;
-    __m512i v[16], worst = _mm512_setzero_si512();
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) v[r] = rows.line(r, from * kBytes, (width - from) * kBytes);
-    transpose_lines(v);
-    const bool whole = Weights::kLine == kStepColumns || width - from > kStepColumns;
-    __m512i* const steps = reinterpret_cast<__m512i*>(to.words[from / kStepColumns]);
-    Weights::template unpack_fours<Any>(v, whole, steps, worst);
-    return worst;
-}
-
-template <class Weights>
-TENFOLD_APART void unpack_any_lines(const SplitRows& rows, int64_t from, int64_t width, SplitPanel& to) {
-    unpack_lines<Weights, true>(rows, from, width, to);
-}
-
 // Tiles of a pair of columns of all rows, pair after pair. The panel behind this one is asked for.
 template <class Weights>
 TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t row, int64_t last, int64_t k,
@@ -287,8 +229,12 @@ TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t
     const int64_t ahead = next > 0 ? width : kSplitSide * m.in - k;  // in these rows or in the next sixteen
     for (const uint8_t* codes : rows.at) prefetch_lines(codes + ahead * kBytes, (next > 0 ? next : width) * kBytes);
     for (int64_t from = 0; from < width; from += Weights::kLine) {
-        const __m512i worst = unpack_lines<Weights, false>(rows, from, width, to);
-        if (Weights::needs_any(worst)) unpack_any_lines<Weights>(rows, from, width, to);
+        __m512i v[16];
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) v[r] = rows.line(r, from * kBytes, (width - from) * kBytes);
+        transpose_lines(v);
+        const bool whole = Weights::kLine == kStepColumns || width - from > kStepColumns;
+        Weights::unpack_fours(v, whole, reinterpret_cast<__m512i*>(to.words[from / kStepColumns]));
     }
     for (int64_t block = 0; block * 128 < width; ++block) {
         weights.scales_at(row, last, k / 128 + block, to.scales[block]);
@@ -347,13 +293,12 @@ struct SplitPlace {
 };
 
 // One row of a panel, row after row in each tile; as many codes are asked for that lie `ahead`.
-template <class Weights, bool Whole, bool Any>
-inline __attribute__((always_inline)) __m512i unpack_row_as(const SplitRows& rows, int64_t r, int64_t width,
-                                                            int64_t ahead, SplitPanel& to) {
+template <class Weights, bool Whole>
+inline __attribute__((always_inline)) void unpack_row(const SplitRows& rows, int64_t r, int64_t width, int64_t ahead,
+                                                      SplitPanel& to) {
     constexpr int64_t kBytes = Weights::kCodeBytes, kLine = Weights::kLine;
     const uint8_t* const codes = rows.at[r];
     uint8_t* words = to.words[0] + 64 * r;
-    __m512i worst = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int64_t from = 0; from < (Whole ? kFewPanel : width); from += kLine, words += kLine / kStepColumns * kTileBytes) {
         __m512i steps[2];
@@ -361,23 +306,10 @@ inline __attribute__((always_inline)) __m512i unpack_row_as(const SplitRows& row
         const bool two = kLine > kStepColumns && (Whole || width - from > kStepColumns);
         const __m512i line = Whole ? _mm512_loadu_si512(codes + from * kBytes)
                                    : rows.line(r, from * kBytes, (width - from) * kBytes);
-        Weights::template unpack<Any>(line, two || kLine == kStepColumns, steps, worst);
+        Weights::unpack(line, two || kLine == kStepColumns, steps);
         _mm512_store_si512(words, steps[0]);
         if (two) _mm512_store_si512(words + kTileBytes, steps[1]);
     }
-    return worst;
-}
-
-template <class Weights, bool Whole>
-TENFOLD_APART void unpack_any_row(const SplitRows& rows, int64_t r, int64_t width, SplitPanel& to) {
-    unpack_row_as<Weights, Whole, true>(rows, r, width, 0, to);
-}
-
-template <class Weights, bool Whole>
-inline __attribute__((always_inline)) void unpack_row(const SplitRows& rows, int64_t r, int64_t width, int64_t ahead,
-                                                      SplitPanel& to) {
-    const __m512i worst = unpack_row_as<Weights, Whole, false>(rows, r, width, ahead, to);
-    if (__builtin_expect(Weights::needs_any(worst), 0)) unpack_any_row<Weights, Whole>(rows, r, width, to);
 }
 
 // The two blocks of a panel are multiplied in turns, and between them the next panel is unpacked, row by row.
@@ -405,17 +337,16 @@ TENFOLD_APART void multiply_and_unpack(const SplitRight& x, const SplitPlace& at
 }
 
 // Sums of 128 columns take their scales, [weight row][activation row].
-inline void add_scaled(const float* sums, const SplitScales& scales, int64_t count, float* results) {
+inline void add_scaled(const float* sums, const float* scales, int64_t count, float* results) {
     if (count == 1) {
-        const __m512 sum = _mm512_mul_ps(_mm512_load_ps(sums), _mm512_load_ps(scales.first));
-        const __m512 then = _mm512_load_ps(scales.then);
-        return _mm512_store_ps(results, _mm512_fmadd_ps(sum, then, _mm512_load_ps(results)));
+        const __m512 sum = _mm512_fmadd_ps(_mm512_load_ps(sums), _mm512_load_ps(scales), _mm512_load_ps(results));
+        return _mm512_store_ps(results, sum);
     }
     const auto all = static_cast<__mmask16>((1U << count) - 1);
     for (int64_t r = 0; r < kSplitSide; ++r) {
         float* const to = results + r * 16;
-        const __m512 sum = _mm512_mul_ps(_mm512_maskz_load_ps(all, sums + r * 16), _mm512_set1_ps(scales.first[r]));
-        _mm512_store_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(scales.then[r]), _mm512_load_ps(to)));
+        const __m512 sum = _mm512_maskz_load_ps(all, sums + r * 16);
+        _mm512_store_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(scales[r]), _mm512_load_ps(to)));
     }
 }
 
@@ -460,7 +391,7 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
             }
         }
         for (int64_t block = 0; block * 128 < at.width; ++block) {
-            SplitScales scales;
+            alignas(64) float scales[kSplitSide];
             weights.scales_at(at.row, last, at.k / 128 + block, scales);
             add_scaled(sums.of[block], scales, count, results);
         }
@@ -539,13 +470,11 @@ TENFOLD_APART void multiply_split_panel(const Product& p, const SplitPanel* grou
         }
         if (block == 0) continue;
         for (int tile = 0; tile < 4; ++tile) {
-            const SplitScales& scales = groups[tile % 2].scales[block - 1];
-            const __m512 scale = _mm512_load_ps(scales.first), then = _mm512_load_ps(scales.then);
+            const __m512 scales = _mm512_load_ps(groups[tile % 2].scales[block - 1]);
             const float* const of_tile = sums[(block - 1) % 2].of[tile];
             for (int64_t at = 0; at < kSplitSide * kSplitSide; at += 16) {
-                const __m512 sum = _mm512_mul_ps(_mm512_load_ps(of_tile + at), scale);
                 const __m512 before = _mm512_load_ps(results[tile] + at);
-                _mm512_store_ps(results[tile] + at, _mm512_fmadd_ps(sum, then, before));
+                _mm512_store_ps(results[tile] + at, _mm512_fmadd_ps(_mm512_load_ps(of_tile + at), scales, before));
             }
         }
     }

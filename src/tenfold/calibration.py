@@ -47,7 +47,8 @@ def calibrate() -> Measured:
         read_bytes_per_s=found.read_bytes_per_s,
         float32_flops_per_s=found.float32_flops_per_s,
         int8_ops_per_s=found.int8_ops_per_s,
-        float_product_flops_per_s=_float_product_flops_per_s(),
+        float_product_flops_per_s=_product_flops_per_s(rounded=False),
+        fp8_product_flops_per_s=_product_flops_per_s(rounded=True),
         int8_product_ops_per_s=_int8_product_ops_per_s(),
         index_ops_per_s=0.0,
         disk_bytes_per_s=_disk_bytes_per_s(measured_path().parent),
@@ -84,14 +85,14 @@ def _with_floors(measured: Measured) -> Measured:
     return replace(measured, layer_floor_s=max(0.0, layer_s), token_floor_s=max(0.0, token_s), base_bytes=base_bytes)
 
 
-def _float_product_flops_per_s() -> float:
-    """Many rows times FP8 weights, activations float32."""
-    codes = torch.randint(0, 0x70, (_WIDTH, _WIDTH), dtype=torch.uint8)  # no code is NaN
+def _product_flops_per_s(rounded: bool) -> float:
+    """Many rows times FP8 weights, activations float32 or as deployed numerics have them."""
+    codes = torch.randint(0x08, 0x70, (_WIDTH, _WIDTH), dtype=torch.uint8)  # no code is NaN or subnormal
     weight = Weight(
         "probe", (_WIDTH, _WIDTH), FP8_BLOCK, codes, torch.full((_WIDTH // 128,) * 2, 127, dtype=torch.uint8)
     )
     x = torch.randn(_ROWS, _WIDTH)
-    return 2 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu.linear(x, weight))
+    return 2 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu_linear.linear(x, weight, rounded=rounded))
 
 
 def _int8_product_ops_per_s() -> float:

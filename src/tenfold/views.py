@@ -147,6 +147,7 @@ def _show_measured(figures: Mapping[str, Any]) -> None:
         ("float32", f"{figures['float32_flops_per_s'] / 1e9:,.0f} GFLOP/s"),
         ("int8", f"{figures['int8_ops_per_s'] / 1e9:,.0f} Gop/s"),
         ("FP8 weights", f"{figures['float_product_flops_per_s'] / 1e9:,.0f} GFLOP/s, float32 activations"),
+        ("FP8, as deployed", f"{figures['fp8_product_flops_per_s'] / 1e9:,.0f} GFLOP/s"),
         ("MXFP4 experts", f"{figures['int8_product_ops_per_s'] / 1e9:,.0f} Gop/s, int8 activations"),
         ("index scores", f"{figures['index_ops_per_s'] / 1e9:,.0f} Gop/s"),
         ("disk read", "n/a" if disk is None else f"{disk / 1e9:,.2f} GB/s"),

@@ -37,8 +37,8 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(calibration, name, value)
     monkeypatch.setattr(calibration, "_DISK_BYTES", 1 << 22)
-    for name in ("_float_product_flops_per_s", "_int8_product_ops_per_s"):
-        monkeypatch.setattr(calibration, name, lambda: 1e17)
+    monkeypatch.setattr(calibration, "_product_flops_per_s", lambda rounded: 1e17)
+    monkeypatch.setattr(calibration, "_int8_product_ops_per_s", lambda: 1e17)
 
 
 @pytest.mark.usefixtures("quick")
@@ -84,7 +84,7 @@ def test_kernel_rates_are_operations_over_seconds(monkeypatch: pytest.MonkeyPatc
         return 2.0
 
     monkeypatch.setattr(calibration, "_median_s", two_seconds)
-    assert calibration._float_product_flops_per_s() == 2 * 4 * 128 * 128 / 2.0
+    assert calibration._product_flops_per_s(rounded=True) == 2 * 4 * 128 * 128 / 2.0
     assert calibration._int8_product_ops_per_s() == 3 * 2 * 4 * 128 * 128 / 2.0
 
 

@@ -143,7 +143,8 @@ def test_the_longest_context_fits_and_the_next_does_not() -> None:
 
 def measured(**other: Any) -> Measured:
     speeds = {"read_bytes_per_s": 30e9, "float32_flops_per_s": 200e9, "int8_ops_per_s": 500e9, "disk_bytes_per_s": 1e9}
-    speeds |= {"float_product_flops_per_s": 200e9, "int8_product_ops_per_s": 400e9, "index_ops_per_s": 500e9}
+    speeds |= {"float_product_flops_per_s": 200e9, "fp8_product_flops_per_s": 200e9}
+    speeds |= {"int8_product_ops_per_s": 400e9, "index_ops_per_s": 500e9}
     floors = {
         "layer_floor_s": 1e-4,
         "token_floor_s": 1e-6,

@@ -22,7 +22,7 @@ from tenfold.planner.work import Peaks
 
 __all__ = ["HERE", "Hardware", "Measured", "find", "known", "measured", "measured_path", "store_measured"]
 
-_FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp8", "bf16", "f32")
+_FLOAT_PRECISIONS: tuple[Precision, ...] = ("bf16", "f32")
 
 HERE = "this"
 """The name under which this machine is asked for."""
@@ -62,7 +62,8 @@ class Hardware:
 class Measured:
     """What `tenfold doctor --measure` found here: peaks, what kernels reach, and costs that no component counts.
 
-    The kernels are FP8 weights with float32 activations, experts in MXFP4 with int8 activations, fp4 index scores.
+    The kernels are FP8 weights with float32 activations (`float_product_flops_per_s`, which attention reaches too) and
+    with those of deployed numerics (`fp8_product_flops_per_s`), experts in MXFP4 with int8 ones, fp4 index scores.
     `layer_floor_s` is a layer's fixed cost in a step, `token_floor_s` what each token of a long step adds in a layer
     for every 1,000 channels of its residual streams (norms, packing, mixing). Beyond its scores with all heads, an
     index key takes `key_floor_s` of each query, and `key_tile_s` of each tile of queries that share it once unpacked.
@@ -73,6 +74,7 @@ class Measured:
     float32_flops_per_s: float
     int8_ops_per_s: float
     float_product_flops_per_s: float
+    fp8_product_flops_per_s: float
     int8_product_ops_per_s: float
     index_ops_per_s: float
     disk_bytes_per_s: float | None
@@ -90,6 +92,7 @@ class Measured:
         """With the rates that kernels reach; experts in MXFP4 and fp4 index keys are multiplied as integers."""
         achieved: dict[Precision, float] = {
             **dict.fromkeys(_FLOAT_PRECISIONS, self.float_product_flops_per_s),
+            "fp8": self.fp8_product_flops_per_s,
             "fp4xfp8": self.int8_product_ops_per_s,
             "fp4": self.index_ops_per_s,
         }
