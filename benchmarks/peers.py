@@ -3,18 +3,20 @@
     python benchmarks/peers.py --work DIR --peers-python PYTHON [--llama-source DIR] [--rounds 3] [--prefix "CMD"]
 
 The peers live in an environment of their own, whose interpreter is PYTHON: transformers 5.23.0 with torch 2.13.0,
-llama-cpp-python 0.3.36 (built from source with GGML_NATIVE=ON and GGML_OPENMP=ON) and flyweight-llm 0.23.1. Where the
-machine has AVX-512 that build uses it; --llama-avx2 names a folder with the same libraries built with GGML_NATIVE=OFF
-and GGML_AVX2=ON. GGUF files are made once by llama.cpp's converter, which is in the source package of
-llama-cpp-python: --llama-source names its folder vendor/llama.cpp. A peer that cannot be imported is named and left
-out.
+llama-cpp-python 0.3.36 (built from source with GGML_NATIVE=ON and GGML_OPENMP=ON) and flyweight-llm 0.23.1. On a CPU
+with AMX that build cannot run this network, since its AMX backend refuses an operation: there GGML_NATIVE was OFF, and
+GGML_AVX512, _VBMI, _VNNI and _BF16 ON. Where the machine has AVX-512 the build uses it; --llama-avx2 names a folder
+with the same libraries built with GGML_NATIVE=OFF and GGML_AVX2=ON. GGUF files are made once by llama.cpp's converter,
+which is in the source package of llama-cpp-python: --llama-source names its folder vendor/llama.cpp. A peer that cannot
+be imported is named and left out.
 
 Each task of each engine is a process of its own; engines alternate, rounds go round them. What ran is kept in
 DIR/runs.jsonl, so a stopped run goes on where it was; tenfold's runs of another commit are done again. A run during
 which others kept the machine busy is repeated. --prefix puts a command before each run, such as a lock.
 
-First the gate: tenfold's logits against transformers' on two prompts. Then medians to benchmarks/results/peers.csv and
-the chart beside it. Memory and contexts: see benchmarks/peers/common.py and the runners.
+First the gate: tenfold's logits against transformers' on two prompts. Then medians to DIR/peers.csv, and the chart
+beside it, which needs matplotlib; what was kept of each machine stands in benchmarks/results. Memory and contexts: see
+benchmarks/peers/common.py and the runners.
 """
 
 from __future__ import annotations
@@ -36,7 +38,6 @@ from tenfold.machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "peers"
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(FOLDER))
 
 from chart import draw  # noqa: E402
@@ -132,8 +133,8 @@ def main() -> int:
         for engine, task, tokens in schedule(engines, options.tasks, round_number):
             measure(options, runs, engine, task, tokens, round_number)
     rows = list(medians(runs, engines))
-    write(rows)
-    draw(rows, RESULTS)
+    write(rows, options.work)
+    draw(rows, options.work)
     return 0
 
 
@@ -319,8 +320,8 @@ def summary(engine: Engine, task: str, tokens: int, lines: list[dict[str, object
     }
 
 
-def write(rows: list[dict[str, str]]) -> None:
-    with (RESULTS / "peers.csv").open("w", newline="", encoding="utf-8") as file:
+def write(rows: list[dict[str, str]], folder: Path) -> None:
+    with (folder / "peers.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
