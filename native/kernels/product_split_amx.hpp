@@ -79,8 +79,9 @@ struct Fp8Split {
     explicit Fp8Split(const Matrix& m)
         : scale(static_cast<const Scale*>(m.scale)), scales_of_row((m.in + 127) / 128) {}
 
-    // Of sixteen rows from `row` on, most often one for all.
+    // Of sixteen rows from `row` on, most often one for all; of the last row where there are none.
     void scales_at(int64_t row, int64_t last, int64_t block, float* to) const {
+        row = smaller(row, last - 1);
         const Scale* const of_row = scale + row / 128 * scales_of_row + block;
         const int64_t same = 128 - row % 128;
         const bool two = same < kSplitSide && row + same < last;
@@ -107,13 +108,12 @@ struct Fp8Split {
         }
     }
 
+    // Activations in the order of the steps.
     static void arrange(__m512 (&x)[4], bool whole) {
-        const auto all = [](int first) {
-            return _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20,
-                                                                                22, 24, 26, 28, 30));
-        };
-        const __m512 even[2] = {_mm512_permutex2var_ps(x[0], all(0), x[1]), _mm512_permutex2var_ps(x[2], all(0), x[3])};
-        const __m512 odd[2] = {_mm512_permutex2var_ps(x[0], all(1), x[1]), _mm512_permutex2var_ps(x[2], all(1), x[3])};
+        const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+        const __m512 even[2] = {_mm512_permutex2var_ps(x[0], evens, x[1]), _mm512_permutex2var_ps(x[2], evens, x[3])};
+        const __m512 odd[2] = {_mm512_permutex2var_ps(x[0], odds, x[1]), _mm512_permutex2var_ps(x[2], odds, x[3])};
         x[0] = even[0];
         x[1] = whole ? even[1] : odd[0];
         x[2] = odd[0];
@@ -219,7 +219,7 @@ inline __attribute__((always_inline)) void transpose_lines(__m512i (&v)[16]) {
     }
 }
 
-// Tiles of a pair of columns of all rows, pair after pair. The panel behind this one is asked for.
+// Tiles of pairs of columns of all rows, pair after pair. The panel behind this one is asked for.
 template <class Weights>
 TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t row, int64_t last, int64_t k,
                                 int64_t width, SplitPanel& to) {

@@ -505,7 +505,7 @@ def test_a_head_is_not_rounded(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @isa_cases
 @pytest.mark.parametrize("form", [BF16, FP8_BLOCK, FP8_BLOCK_F32], ids=lambda form: form.name)
-@pytest.mark.parametrize("out", [1, 3, 17, 33, 67, 131, 260])
+@pytest.mark.parametrize("out", [1, 3, 17, 33, 67, 128, 131, 224, 260])
 @pytest.mark.usefixtures("two_threads")
 def test_sixteen_bits_of_each_activation_are_left(form: WeightFormat, isa: str, out: int) -> None:
     """Within 2^-17 of each term and a float32 sum's error, alone and in any company, from any address."""
