@@ -64,7 +64,7 @@ CpuFeatures probe() {
     found.avx512dq = zmm && has(extended.ebx, 17);
     found.avx512vl = zmm && has(extended.ebx, 31);
     found.avx512_vnni = zmm && has(extended.ecx, 11);
-    found.avx512_vbmi = zmm && has(extended.ecx, 1);
+    found.avx512vbmi = zmm && has(extended.ecx, 1);
     const bool tiles = (saved & tile_state) == tile_state && has(extended.edx, 24) && may_use_tiles();
     found.amx_tile = tiles;
     found.amx_int8 = tiles && has(extended.edx, 25);
@@ -94,7 +94,7 @@ std::string join(const CpuFeatures& found) {
     add(found.avx512dq, "avx512dq");
     add(found.avx512vl, "avx512vl");
     add(found.avx512_vnni, "avx512_vnni");
-    add(found.avx512_vbmi, "avx512_vbmi");
+    add(found.avx512vbmi, "avx512vbmi");
     add(found.amx_tile, "amx_tile");
     add(found.amx_int8, "amx_int8");
     add(found.amx_bf16, "amx_bf16");
