@@ -455,6 +455,7 @@ void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t 
 }
 
 void multiply(const Product& product, int64_t first, int64_t last) {
+    if (first >= last) return;  // a thread may have no rows of a small weight
     [[maybe_unused]] const KeepSubnormals keep{};
     switch (product.weight.format) {
         case Format::f32: return multiply_as<F32Row>(product, first, last);

@@ -508,7 +508,6 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
 template <class Weights>
 void multiply_split(const Product& p, int64_t first, int64_t last) {
     constexpr int64_t kPair = 2 * kSplitSide;
-    if (first >= last) return;  // a thread may have no rows of a small weight, and the first panel is read ahead
     Product part = p;
     const auto run = [&](int64_t from, int64_t count, auto&& multiply_part) {
         part.first_row = p.first_row + from;

@@ -29,6 +29,7 @@ from typing import Any
 
 import uvicorn
 from tests.server.fakes import MODEL, plain_language, settings
+from tests.store.faults import FROM_THERE, ONCE, SHORT
 from tests.store.preload import built
 
 from tenfold.server import engine_client
@@ -41,7 +42,6 @@ from tenfold.server.transport import guarded
 from tenfold.server.wire import Start
 
 SOURCE = Path(__file__).with_suffix(".c")
-ONCE, FROM_THERE, SHORT = range(3)
 WAYS = {
     "ECONNRESET once": (errno.ECONNRESET, ONCE),
     "EIO from there": (errno.EIO, FROM_THERE),
