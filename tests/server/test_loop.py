@@ -66,6 +66,11 @@ class Desk:
         assert not any(isinstance(event, Finished | Failed) for event in events[:-1])
         return events[-1] if events and isinstance(events[-1], Finished | Failed) else None
 
+    def read(self, name: str) -> int:
+        """How much of its prompt has been read: a Progress comes by the clock, on a fast machine after the whole."""
+        task = self.loop._tasks.get(name)
+        return 0 if task is None or task.session is None else task.live.length
+
     def cached(self, name: str) -> int:
         return next(event.cached_tokens for event in self.of(name) if isinstance(event, Admitted))
 
@@ -191,7 +196,8 @@ def test_what_was_read_is_kept_when_a_job_is_cancelled(engine: Engine) -> None:
     desk, prompt = Desk(engine, policy), text(1500)
     beside = job("beside", text(50, 1), max_tokens=300)
     desk.put(beside, job("reading", prompt))
-    desk.until(lambda: any(isinstance(e, Progress) and e.done > 600 for e in desk.of("reading")))
+    desk.until(lambda: desk.read("reading") > 600)
+    reached = desk.read("reading")
     desk.put(Cancel("reading"), Cancel("unknown"), job("decoding", text(90, 2), max_tokens=5000))
     desk.until(lambda: len(desk.ids("decoding")) > 3)
     desk.put(Cancel("decoding"))
@@ -201,7 +207,7 @@ def test_what_was_read_is_kept_when_a_job_is_cancelled(engine: Engine) -> None:
     desk.until(lambda: desk.last("beside"))
     assert desk.ids("beside") == alone(engine, beside)
     desk.run(job("reading again", prompt), job("decoding again", text(90, 2) + tuple(desk.ids("decoding"))))
-    assert 600 < desk.cached("reading again") < 1500
+    assert reached - 128 < desk.cached("reading again") < 1500  # restore points lie so far apart
     assert desk.ids("reading again") == alone(engine, job("", prompt))
     assert desk.cached("decoding again") >= 90 + 3
     assert desk.loop._tasks == {}
@@ -383,7 +389,8 @@ def test_shutting_down_ends_all_and_keeps_what_was_read(engine: Engine) -> None:
     policy = Policy(memory_bytes=policy_of(engine, 64).memory_bytes, chunk_tokens=256, turn_s=1e-3)
     desk, prompt = Desk(engine, policy), text(1500)
     desk.put(job("reading", prompt))
-    desk.until(lambda: any(isinstance(e, Progress) and e.done > 600 for e in desk.of("reading")))
+    desk.until(lambda: desk.read("reading") > 600)
+    reached = desk.read("reading")
     desk.put(Shutdown(), job("late", text(3)))
     desk.loop.run()
     for name in ("reading", "late"):
@@ -393,7 +400,7 @@ def test_shutting_down_ends_all_and_keeps_what_was_read(engine: Engine) -> None:
     assert desk.loop.settle(20)
     again = Desk(engine)
     again.run(job("again", prompt))
-    assert again.cached("again") > 600
+    assert again.cached("again") > reached - 128  # restore points lie so far apart
 
 
 def test_a_disk_that_does_not_answer_holds_up_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
