@@ -48,13 +48,29 @@ const Build builds[] = {
 
 constexpr int32_t num_builds = sizeof(builds) / sizeof(builds[0]);
 
+struct Program {
+    const uint64_t* at;
+    int64_t calls;
+};
+
+void run_program(void* opaque) {
+    const Program& program = *static_cast<const Program*>(opaque);
+    const uint64_t* at = program.at;
+    for (int64_t i = 0; i < program.calls; ++i) {
+        const Kernel* line = nullptr;
+        std::memcpy(&line, at, sizeof(line));
+        line->replay(at + 2);
+        at += 2 + at[1];
+    }
+}
+
 }  // namespace
 }  // namespace tenfold
 
 #define TENFOLD_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a function below or the arguments of a kernel change.
-TENFOLD_EXPORT int32_t tenfold_abi_version() { return 6; }
+TENFOLD_EXPORT int32_t tenfold_abi_version() { return 7; }
 
 // "sse2 avx2 fma f16c": what this CPU and its operating system offer.
 TENFOLD_EXPORT const char* tenfold_cpu_features() { return tenfold::cpu_feature_names(); }
@@ -84,13 +100,9 @@ TENFOLD_EXPORT const tenfold::Kernel* tenfold_line(const tenfold::Kernel* kernel
 TENFOLD_EXPORT void* tenfold_kernel(const tenfold::Kernel* line) { return reinterpret_cast<void*>(line->run); }
 
 // Runs calls that were recorded: a line, the number of its arguments and these, a slot each, one after the other.
-TENFOLD_EXPORT void tenfold_replay(const uint64_t* program, int64_t calls) {
-    for (int64_t i = 0; i < calls; ++i) {
-        const tenfold::Kernel* line = nullptr;
-        std::memcpy(&line, program, sizeof(line));
-        line->replay(program + 2);
-        program += 2 + program[1];
-    }
+TENFOLD_EXPORT void tenfold_replay(const uint64_t* program, int64_t calls, int32_t threads) {
+    tenfold::Program all{program, calls};
+    tenfold::together(threads, tenfold::run_program, &all);
 }
 
 // GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch uses.

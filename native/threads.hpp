@@ -23,6 +23,10 @@ void use_openmp(const OpenMp& runtime);
 // Runs body(context, worker, workers) on `threads` threads at once and returns when all are done.
 void parallel(int32_t threads, void (*body)(void* context, int32_t worker, int32_t workers), void* context);
 
+// Calls run(context) on this thread while `threads` - 1 others stand by: each `parallel` in it then costs a cache line
+// there and one back, where to fork and join takes some microseconds.
+void together(int32_t threads, Work run, void* context);
+
 // One worker's part of a work: an equal share of any number of things, from first_of to before last_of.
 struct Share {
     int32_t worker, workers;

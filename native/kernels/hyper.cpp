@@ -252,7 +252,7 @@ void mix(const Call& call, int32_t threads) {
         return;
     }
     const int64_t parts = (call.outputs + outputs_each - 1) / outputs_each;
-    const int32_t useful = call.n * call.width() < 4096 ? 1 : threads;
+    const int32_t useful = call.n * call.width() * call.outputs < 16384 ? 1 : threads;
     share_tasks(call.tiles() * parts, useful, [&call, parts, sums](const auto& next) {
         Scratch scratch(sums);
         float* const own = scratch.take<float>(tile_tokens * call.outputs * 8);

@@ -464,6 +464,7 @@ struct Call {
     const int64_t* visible;
     int32_t* out;
     int64_t n, heads, dim, k;
+    float factor;
     int64_t tile, parts;
     uint64_t* part_ranks;  // [n][parts][k], for more than one part
     int64_t* part_counts;  // [n][parts]
@@ -634,7 +635,7 @@ struct Worker {
         const int64_t heads = call.padded_heads(), blocks = call.dim / 32;
         const float* const from = call.q + row * call.heads * call.dim;
         for (int64_t h = 0; h < heads; ++h) {  // heads that fill the last group keep a weight and channels of zero
-            weights[i * heads + h] = h < call.heads ? call.weights[row * call.heads + h] : 0.0F;
+            weights[i * heads + h] = h < call.heads ? call.weights[row * call.heads + h] * call.factor : 0.0F;
         }
         exact[i] = has_byte_keys(call.layout);
         const ByteQuery to = byte_query_of(i);
@@ -742,7 +743,7 @@ void merge_parts(const Call& call, int64_t row) {
 }  // namespace
 
 void select_rows(const float* q, const float* weights, const uint8_t* keys, const RowLayout* layout,
-                 const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
+                 const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k, float factor,
                  int32_t threads) {
     if (n == 0 || k == 0) return;
     int64_t scored = 0;
@@ -750,8 +751,8 @@ void select_rows(const float* q, const float* weights, const uint8_t* keys, cons
     if (scored * heads * dim < 1 << 18) threads = 1;  // some 5 us: not worth a fork
     const int64_t even = (n + 4 * threads - 1) / (4 * threads), parts = n < threads ? threads : 1;
     const int64_t most = Call::most_queries_of(heads);
-    Call call{q, weights, keys, *layout, visible, out, n, heads, dim, k, even < most ? even : most, parts, nullptr,
-              nullptr};
+    Call call{q, weights, keys, *layout, visible, out, n, heads, dim, k, factor, even < most ? even : most, parts,
+              nullptr, nullptr};
     const int64_t slots = parts == 1 ? 0 : n * parts;
     Scratch shared(Scratch::bytes_of<uint64_t>(slots * k) + Scratch::bytes_of<int64_t>(slots));
     call.part_ranks = shared.take<uint64_t>(slots * k);

@@ -84,15 +84,20 @@ void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, 
                       const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
                       int64_t position, int64_t pairs, float scale, int32_t* refused, int32_t threads);
 
-// out[n, k] = of the first visible[i] keys the k rows with the largest sum over heads of weights * relu(q . key),
+// out[n, k] = of the first visible[i] keys the k rows with the largest sum over heads of factor * weights * relu(q . key),
 // ascending, -1 at the end; of equal ones the smaller row. q [n, heads, dim], weights [n, heads].
 void select_rows(const float* q, const float* weights, const uint8_t* keys, const RowLayout* layout,
-                 const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
+                 const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k, float factor,
                  int32_t threads);
 
 // Rows to their packed form and back, bit for bit as the reference.
 void pack_rows(const float* x, const RowLayout* layout, uint8_t* out, int64_t rows, int32_t threads);
 void unpack_rows(const uint8_t* packed, const RowLayout* layout, float* out, int64_t rows, int32_t threads);
+
+// out[i, :] = row ids[i] of a table [.., width]: of float32 or bf16 as float32, `copies` times; of int64.
+void embed(const void* table, const int64_t* ids, float* out, int64_t n, int64_t copies, int64_t width, int32_t bf16,
+           int32_t threads);
+void look_up(const int64_t* table, const int64_t* ids, int64_t* out, int64_t n, int64_t width);
 
 // Hyper-connections of up to 8 streams. streams [n, m, d]; fn [outputs, m * d], base [outputs] and mixed (scratch)
 // [n, outputs] with outputs = (2 + m) * m for mix, m for collapse; scale [3] and [1]; x [n, d], normed with `norm`;
@@ -147,7 +152,7 @@ void compress_step(const float* values, const float* gates, const float* ape, fl
 constexpr int64_t most_sources = 4;
 void select_sessions(const float* q, const float* weights, const uint8_t* const* keys, const RowLayout* layout,
                      const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
-                     int32_t threads);
+                     float factor, int32_t threads);
 void attend_sessions(const float* q, const Rows* sources, int64_t num_sources, const float* sink,
                      const float* frequencies, float* out, int64_t n, int64_t heads, int64_t width, int64_t value_dim,
                      const int64_t* positions, int64_t pairs, float scale, int32_t threads);

@@ -56,13 +56,13 @@ void compress_step(const float* values, const float* gates, const float* ape, fl
 
 void select_sessions(const float* q, const float* weights, const uint8_t* const* keys, const RowLayout* layout,
                      const int64_t* visible, int32_t* out, int64_t n, int64_t heads, int64_t dim, int64_t k,
-                     int32_t threads) {
+                     float factor, int32_t threads) {
     int64_t scored = 0;
     for (int64_t i = 0; i < n; ++i) scored += visible[i] > k ? visible[i] : 0;
     if (scored * heads * dim < 1 << 18) threads = 1;  // some 5 us: not worth a fork
     for_sessions(n, threads, [=](int64_t i, int32_t own) {
         select_rows(q + i * heads * dim, weights + i * heads, keys[i], layout, visible + i, out + i * k, 1, heads, dim,
-                    k, own);
+                    k, factor, own);
     });
 }
 

@@ -54,6 +54,8 @@ extern const Kernel kernels[] = {
     line<rope>("rope"),
     line<hadamard>("hadamard"),
     line<compress>("compress"),
+    line<embed>("embed"),
+    line<look_up>("look_up"),
     line<route>("route"),
     line<store_rows>("store_rows"),
     line<compress_step>("compress_step"),

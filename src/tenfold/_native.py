@@ -48,7 +48,7 @@ __all__ = [
 
 ISA_VARIABLE = "TENFOLD_ISA"
 LIBRARY_VARIABLE = "TENFOLD_LIBRARY"
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _BUILD_HINT = "build it with `make env` in a clone, or `pip install -e .`"
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -58,7 +58,7 @@ _KERNELS = {
     "linear_each": (*[_POINTER] * 2, _INT64, *[_POINTER] * 2, *[_INT64] * 3, _INT32),
     "experts": (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _INT32, _FLOAT, _INT32),
     "sparse_attention": (_POINTER, _POINTER, _INT64, *[_POINTER] * 3, *[_INT64] * 6, _FLOAT, _POINTER, _INT32),
-    "select_rows": (*[_POINTER] * 6, *[_INT64] * 4, _INT32),
+    "select_rows": (*[_POINTER] * 6, *[_INT64] * 4, _FLOAT, _INT32),
     "pack_rows": (*[_POINTER] * 3, _INT64, _INT32),
     "unpack_rows": (*[_POINTER] * 3, _INT64, _INT32),
     "hc_mix": (*[_POINTER] * 9, *[_INT64] * 3, _FLOAT, _FLOAT, _INT64, _INT32),
@@ -67,11 +67,13 @@ _KERNELS = {
     "rope": (*[_POINTER] * 4, *[_INT64] * 5, *[_INT32] * 3),
     "hadamard": (_POINTER, _POINTER, _INT64, _INT64, _INT32),
     "compress": (*[_POINTER] * 3, *[_INT64] * 5, *[_INT32] * 2),
+    "embed": (*[_POINTER] * 3, *[_INT64] * 3, *[_INT32] * 2),
+    "look_up": (*[_POINTER] * 3, *[_INT64] * 2),
     "route": (*[_POINTER] * 4, *[_INT64] * 5, _FLOAT, *[_INT32] * 3),
     "hc_merge": (*[_POINTER] * 5, *[_INT64] * 3, _INT32),
     "store_rows": (*[_POINTER] * 3, *[_INT64] * 3),
     "compress_step": (*[_POINTER] * 9, *[_INT64] * 4, _FLOAT, *[_INT32] * 2),
-    "select_sessions": (*[_POINTER] * 6, *[_INT64] * 4, _INT32),
+    "select_sessions": (*[_POINTER] * 6, *[_INT64] * 4, _FLOAT, _INT32),
     "attend_sessions": (*[_POINTER] * 2, _INT64, *[_POINTER] * 3, *[_INT64] * 4, _POINTER, _INT64, _FLOAT, _INT32),
     "peak_read": (_POINTER, _INT64, _POINTER, _INT32),
     "peak_float32": (_INT64, _POINTER, _POINTER, _INT32),
@@ -266,8 +268,8 @@ class Line:
 
 
 def replay(program: int, calls: int) -> None:
-    """Runs `calls` calls that lie at an address, as `Line.slots` makes them."""
-    _library().tenfold_replay(program, calls)
+    """Runs `calls` calls that lie at an address, as `Line.slots` makes them; the threads stay together meanwhile."""
+    _library().tenfold_replay(program, calls, num_threads())
 
 
 @cache
@@ -286,7 +288,7 @@ def _library() -> ctypes.CDLL:
     library.tenfold_select.argtypes, library.tenfold_select.restype = [ctypes.c_char_p], _POINTER
     library.tenfold_line.argtypes, library.tenfold_line.restype = [_POINTER, ctypes.c_char_p], _POINTER
     library.tenfold_kernel.argtypes, library.tenfold_kernel.restype = [_POINTER], _POINTER
-    library.tenfold_replay.argtypes, library.tenfold_replay.restype = [_POINTER, _INT64], None
+    library.tenfold_replay.argtypes, library.tenfold_replay.restype = [_POINTER, _INT64, _INT32], None
     library.tenfold_use_openmp.argtypes, library.tenfold_use_openmp.restype = [_POINTER] * 3, None
     return library
 

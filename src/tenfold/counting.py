@@ -67,6 +67,9 @@ class CountingOps:
             self._read(weight)
         return self._ops.embed(ids, weight)
 
+    def hc_embed(self, ids: Tensor, weight: Weight, copies: int) -> Tensor:
+        return self.embed(ids, weight)[:, None, :].repeat(1, copies, 1)
+
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         self._read(weight, multiply_adds=x.shape[0] * weight.shape[0] * weight.shape[1])
         return self._ops.linear(x, weight)

@@ -96,7 +96,6 @@ class BatchSpan:
     """One token each of several sessions, as a single span over tables of their memory."""
 
     streams: Tables
-    _bounds: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def start(self) -> int:
@@ -121,24 +120,12 @@ class BatchSpan:
 
     def entries(self, ratio: int) -> tuple[Tensor, Tensor]:
         """As `Span.entries`."""
-        found = self._bounds.get(("entries", ratio))
-        if found is None:
-            stop = (self.position + 1) // ratio
-            found = self._bounds["entries", ratio] = (torch.zeros_like(stop), stop)
-        return found
-
-    def window(self, width: int) -> tuple[Tensor, Tensor]:
-        """As `Span.window`, counted in a ring's two copies, one behind the other."""
-        found = self._bounds.get(("window", width))
-        if found is None:
-            stop = width + self.position % width + 1
-            found = self._bounds["window", width] = (stop - (self.position + 1).clamp(max=width), stop)
-        return found
+        return self.streams.entries(ratio)
 
     def seen_window(self, layer: int, rows: Tensor | None) -> Rows:
         """As `Span.seen_window`; None: the rows are there already."""
         ring = self.streams.window(layer)
-        start, stop = self.window(ring.most)
+        start, stop = self.streams.window_bounds(ring.most)
         return Rows(ring.packed if rows is None else ring.extend(rows), ring.layout, start, stop, most=ring.most)
 
     def within(self, start: int, stop: int) -> BatchSpan:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.config import ModelConfig, StreamSpec
@@ -181,7 +183,7 @@ class Streams:
         self._components = {(spec.layer, spec.name): spec.component for spec in config.streams}
         growing = [(spec, self._streams[spec.layer, spec.name]) for spec in config.streams]
         self._growing = [(spec, stream) for spec, stream in growing if isinstance(stream, GrowingRows)]
-        self._addresses: Tensor | None = None
+        self._addresses: NDArray[np.int64] | None = None
 
     def window(self, layer: int) -> WindowRing:
         stream = self._streams[layer, "window"]
@@ -206,10 +208,10 @@ class Streams:
             total[component] = total.get(component, 0) + _used(stream).nbytes
         return total
 
-    def addresses(self) -> Tensor:
-        """Where each stream's memory begins now, int64 in the order of the specs; a ring's both copies lie there."""
+    def addresses(self) -> NDArray[np.int64]:
+        """Where each stream's memory begins now, in the order of the specs; a ring's both copies lie there."""
         if self._addresses is None or self.device.type != "cpu":  # in host memory nothing ever moves
-            self._addresses = torch.tensor([_whole(stream).data_ptr() for stream in self._streams.values()])
+            self._addresses = np.array([_whole(stream).data_ptr() for stream in self._streams.values()], np.int64)
         return self._addresses
 
     def make_room(self, length: int) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,21 +96,48 @@ class Tables:
     ) -> None:
         self.ops = cast(BatchOps, ops)
         self.size, self.context, self.exact, self.device = size, context, exact, device
-        self._places = {(spec.layer, spec.name): (2 + i, spec) for i, spec in enumerate(config.streams)}
+        ratios = sorted({spec.ratio for spec in config.streams if spec.ratio})
+        widths = sorted({spec.fixed_rows for spec in config.streams if spec.name == "window"})
+        line = count(3)  # behind token ids, positions and a line of zeros
+        self._entries = {ratio: next(line) for ratio in ratios}
+        self._windows = {width: (next(line), next(line)) for width in widths}
+        self._first_stream = next(line)
+        self._places = {
+            (spec.layer, spec.name): (self._first_stream + i, spec) for i, spec in enumerate(config.streams)
+        }
         # Lines begin at multiples of 16 bytes: a kernel is compiled for aligned memory or for any.
-        shape = 2 + len(config.streams), -(-size // 2) * 2
+        shape = self._first_stream + len(config.streams), -(-size // 2) * 2
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._on_device = self._host.to(device, copy=True)
+        self._on_device = self._host if device.type == "cpu" else self._host.to(device, copy=True)
+        self._numbers = self._host.numpy()[:, :size]
         self._table = self._on_device[:, :size]
-        self.ids, self.positions = self._table[0], self._table[1]
+        self.ids, self.positions, self._nothing = self._table[0], self._table[1], self._table[2]
 
     def put(self, streams: Sequence[Streams], ids: Sequence[int], positions: Sequence[int]) -> None:
         """Who stands in which place, with which token at which position, in one copy to the device."""
         assert len(streams) == len(ids) == len(positions) == self.size, "every place takes a session"
-        self._host[0, : self.size] = torch.tensor(ids)
-        self._host[1, : self.size] = torch.tensor(positions)
-        self._host[2:, : self.size] = torch.stack([one.addresses() for one in streams], 1)
-        self._on_device.copy_(self._host, non_blocking=True)
+        numbers = self._numbers
+        numbers[0], numbers[1] = ids, positions
+        length = numbers[1] + 1
+        for ratio, line in self._entries.items():
+            numbers[line] = length // ratio
+        for width, (start, stop) in self._windows.items():
+            numbers[stop] = width + numbers[1] % width + 1
+            numbers[start] = numbers[stop] - np.minimum(length, width)
+        for place, one in enumerate(streams):
+            numbers[self._first_stream :, place] = one.addresses()
+        if self._on_device is not self._host:
+            self._on_device.copy_(self._host, non_blocking=True)
+
+    def entries(self, ratio: int) -> tuple[Tensor, Tensor]:
+        """Start and stop, int64 [size], of the entries visible to each token: 0 and floor((t + 1) / ratio)."""
+        return self._nothing, self._table[self._entries[ratio]]
+
+    def window_bounds(self, width: int) -> tuple[Tensor, Tensor]:
+        """Start and stop, int64 [size], of the last `width` rows, counted in a ring's two copies, one behind the
+        other."""
+        start, stop = self._windows[width]
+        return self._table[start], self._table[stop]
 
     def window(self, layer: int) -> TableWindow:
         place, spec = self._places[layer, "window"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tenfold.config import RopeSpec
-from tenfold.formats import F32, exact_layout, index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
+from tenfold.formats import F32, I64, exact_layout, index_key_fp4, index_key_fp8, kv_row_v4, kv_row_v32
 from tenfold.models.blocks import rope_frequencies
 from tenfold.ops import Experts, Ops, Rows, Stack, Weight, reference
 
@@ -69,6 +69,8 @@ def linear_cases(ops: Ops, T: int) -> Cases:
     w, v, deep = f32(randn(40, 96)), f32(randn(96)), f32(randn(96, 40))
     deep_rows = f32(randn(7, 96, seed=2))
     yield "embed", each(ops.embed, positions % 40, weight=w)
+    yield "hc_embed", each(ops.hc_embed, positions % 40, weight=w, copies=3)
+    yield "look_up", each(ops.look_up, positions % 40, table=Weight("table", (40, 5), I64, randint(0, 9, (40, 5))))
     yield "linear", each(ops.linear, x, weight=w)
     yield "linear_each", each(ops.linear_each, x, stack=Stack((w, deep_rows, w)))
     yield "linear-1", each(ops.linear, x, weight=f32(w.data[:1]))

@@ -7,10 +7,12 @@ from typing import Literal
 
 import pytest
 import torch
+from tests.ops.cases import randn
 from torch import Tensor
 
 from tenfold import _native
 from tenfold.formats import (
+    BF16,
     F32,
     RowLayout,
     exact_layout,
@@ -94,6 +96,20 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- attention
+
+
+def test_rows_of_tables_are_looked_up_and_others_refused() -> None:
+    ids = torch.tensor([3, 0, 39, 3])
+    for data in (randn(40, 65), randn(40, 65).bfloat16(), randn(40, 1)):
+        table = Weight("table", tuple(data.shape), BF16 if data.dtype is torch.bfloat16 else F32, data)
+        assert torch.equal(cpu_attention.embed(ids, table), reference.embed(ids, table))
+        assert torch.equal(cpu_attention.hc_embed(ids, table, 4), reference.hc_embed(ids, table, 4))
+        assert cpu_attention.hc_embed(ids[:0], table, 4).shape == (0, 4, data.shape[1])
+        for outside in (-1, 40):
+            with pytest.raises(IndexError, match="there are 40 rows"):
+                cpu_attention.embed(torch.tensor([outside]), table)
+    with pytest.raises(TypeError, match="int64"):
+        cpu_attention.embed(ids.int(), table)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)

@@ -40,6 +40,33 @@ def test_kernels_and_torch_are_done_again_on_what_lies_there_now() -> None:
     assert marks == [0.5] * 3
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_stay_together_for_a_program_and_change_nothing(threads: int) -> None:
+    """Also more of them than cores, and kernels that one thread runs between those that all do."""
+    x, weight = randn(2, 512), Weight("w", (512, 512), F32, randn(512, 512) / 16)
+
+    def run(mark: Callable[[float], None]) -> Tensor:
+        y = x
+        for _ in range(20):
+            y = cpu.rms_norm(cpu.linear(y, weight), None, 1e-6)
+        return y
+
+    before = torch.get_num_threads()
+    expected = {}
+    for seed in range(5):
+        x.copy_(randn(2, 512, seed=seed))
+        expected[seed] = run(lambda share: None).clone()
+    torch.set_num_threads(threads)
+    try:
+        recording = cpu.recordings().record(run)
+        for _ in range(20):
+            for seed in expected:
+                x.copy_(randn(2, 512, seed=seed))
+                assert torch.equal(recording.replay(None), expected[seed])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_is_asked_of_numbers_cannot_be_recorded() -> None:
     x = randn(3, 65)
     with pytest.raises(AssertionError, match="asks for a number"):

@@ -46,7 +46,7 @@ def test_each_session_gets_what_it_gets_alone(n: int) -> None:
     index_q, weights, q = randn(n, heads, 64), randn(n, heads), randn(n, heads, 96)
     start, stop = randint(0, 20, (n,)), randint(20, 64, (n,))
     turns = 0.3 ** torch.arange(16).float()
-    chosen = cpu.select_rows(index_q, weights, tables[0], keys_layout, visible, 128, most=300)
+    chosen = cpu.select_rows(index_q, weights, tables[0], keys_layout, visible, 128, most=300, factor=0.3)
     assert chosen.shape == (n, 128)
     sources = [
         Rows(tables[2], layout, start, stop, most=32),
@@ -55,7 +55,7 @@ def test_each_session_gets_what_it_gets_alone(n: int) -> None:
     together = cpu.sparse_attention(q, sources, None, 0.1, 96, positions, turns)
     for i in range(n):
         one = slice(i, i + 1)
-        alone = cpu.select_rows(index_q[one], weights[one], keys[i], keys_layout, visible[one], 128)
+        alone = cpu.select_rows(index_q[one], weights[one] * 0.3, keys[i], keys_layout, visible[one], 128)
         count = alone.shape[1]
         assert torch.equal(chosen[one, :count], alone)
         assert bool((chosen[one, count:] == -1).all())

@@ -310,12 +310,12 @@ def test_a_request_that_cannot_work_is_refused(plain: Engine, bad: Job, words: s
 
 
 def test_what_does_not_fit_waits_or_is_refused(plain: Engine) -> None:
-    need = plain.need(2000)
+    need = plain.need(30_000)  # longer than it takes to be told one's place again
     one = need.kv_bytes + need.points_bytes
     desk = Desk(plain, Policy(memory_bytes=one, queue_jobs=2))
-    desk.put(job("large", text(5), max_tokens=10**6), job("first", text(1600), max_tokens=400))
+    desk.put(job("large", text(5), max_tokens=10**6), job("first", text(1600), max_tokens=28_400))
     desk.until(lambda: desk.of("first"))
-    desk.put(*(job(str(n), text(1600, n), max_tokens=400) for n in range(3)))
+    desk.put(*(job(str(n), text(1600, n), max_tokens=28_400) for n in range(3)))
     desk.until(lambda: desk.last("2"))
     assert [desk.last(n) and (desk.last(n).kind, desk.last(n).again) for n in ("large", "2")] == [  # type: ignore[union-attr]
         ("memory", False),

@@ -154,12 +154,22 @@ def attend(
 
 
 def select(
-    ops: Ops, step: Step, q: Tensor, weights: Tensor, keys: GrowingRows | TableRows, visible: Tensor, topk: int
+    ops: Ops,
+    step: Step,
+    q: Tensor,
+    weights: Tensor,
+    keys: GrowingRows | TableRows,
+    visible: Tensor,
+    topk: int,
+    factor: float,
 ) -> Tensor:
-    """`select_rows` of a span's queries, in parts where there are many keys; the last query sees all."""
+    """`select_rows` of a span's queries by weights that count `factor` times, in parts where there are many keys; the
+    last query sees all."""
     n, heads, dim = q.shape
     if isinstance(keys, TableRows):
-        return cast(BatchOps, ops).select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most)
+        batch = cast(BatchOps, ops)
+        return batch.select_rows(q, weights, keys.packed, keys.layout, visible, topk, most=keys.most, factor=factor)
+    weights = weights * factor
 
     def run(part: slice) -> Tensor:
         if part.stop - part.start == n:

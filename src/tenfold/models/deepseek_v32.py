@@ -190,7 +190,6 @@ class Indexer:
             q = ops.unpack_rows(ops.pack_rows(q, self.layout), self.layout)
         key = ops.layer_norm(key, self.k_norm_weight, self.k_norm_bias, _INNER_NORM_EPS)
         keys = ops.pack_rows(self._rotated(key, step), self.layout)
-        weights = weights * self.factor
         return [self._select(q[span.rows], weights[span.rows], keys[span.rows], span, step) for span in step.spans]
 
     def select_fused(self, one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan) -> Tensor:
@@ -208,7 +207,7 @@ class Indexer:
         stream = span.streams.rows(self.layer.index, "index_keys")
         stream.append(keys)
         _, visible = span.entries(1)
-        return select(self.ops, step, q, weights, stream, visible, self.config.index_topk)
+        return select(self.ops, step, q, weights, stream, visible, self.config.index_topk, self.factor)
 
 
 class DenseFFN:

@@ -68,7 +68,7 @@ class DeepseekV4:
         copies = self.config.hc_mult
         tiles = step.tiles()
         if len(tiles) == 1:
-            return self.ops.embed(step.ids, self.embed)[:, None, :].repeat(1, copies, 1)
+            return self.ops.hc_embed(step.ids, self.embed, copies)
         h = torch.empty(step.ids.shape[0], copies, self.config.hidden_size, device=step.ids.device)
         for rows, tile in tiles:
             h[rows] = self.ops.embed(tile.ids, self.embed)[:, None, :]
@@ -296,13 +296,12 @@ class Indexer:
         compressor.append(values, gates, step)
         q = ops.linear(q_latent, self.wq_b).view(-1, c.index_n_heads, c.index_head_dim)
         q = ops.rope_round(q, step.positions, compressor.frequencies, compressor.layout, compressor.spread)
-        weights = weights * self.factor
         return [self._select(q[span.rows], weights[span.rows], span, step) for span in step.spans]
 
     def _select(self, q: Tensor, weights: Tensor, span: Span | BatchSpan, step: Step) -> Tensor:
         keys = span.streams.rows(self.layer.index, "index_keys")
         _, visible = span.entries(self.layer.ratio)
-        return select(self.ops, step, q, weights, keys, visible, self.config.index_topk)
+        return select(self.ops, step, q, weights, keys, visible, self.config.index_topk, self.factor)
 
     def select_fused(self, one: FusedOps, q: Tensor, weights: Tensor, batch: BatchSpan) -> Tensor:
         """The same for a batch, whose keys are in the streams, of queries as `enter` makes them."""
@@ -331,7 +330,7 @@ class MoE:
             topk=c.num_experts_per_tok,
             scaling=c.routed_scaling_factor,
             bias=self.bias,
-            chosen=None if self.tid2eid is None else self.tid2eid.data[step.ids].long(),
+            chosen=None if self.tid2eid is None else ops.look_up(step.ids, self.tid2eid),
         )
         one = fused(ops, step)
         run = ops.experts if one is None else one.experts_apart  # which the merge adds up

@@ -131,6 +131,9 @@ class Ops(Protocol):
     def embed(self, ids: Tensor, weight: Weight) -> Tensor:
         """ids int64 [n] -> [n, hidden]."""
 
+    def look_up(self, ids: Tensor, table: Weight) -> Tensor:
+        """ids int64 [n] -> rows of a table of int64, [n, width]."""
+
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """x [n, in] -> [n, out]."""
 
@@ -192,6 +195,9 @@ class Ops(Protocol):
         iterations: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """streams [n, m, d] -> normed sub-layer input [n, d], post [n, m], combination [n, m, m] (spec 2.1)."""
+
+    def hc_embed(self, ids: Tensor, weight: Weight, copies: int) -> Tensor:
+        """ids int64 [n] -> the residual streams at first, copies of the embedding [n, copies, d] (spec 2.1)."""
 
     def hc_merge(self, streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
         """post_k y + sum over j of combination[j, k] streams_j -> [n, m, d]."""
@@ -291,8 +297,10 @@ class BatchOps(Ops, Protocol):
         visible: Tensor,
         topk: int,
         most: int | None = None,
+        factor: float = 1.0,
     ) -> Tensor:
-        """As in `Ops`; keys may be addresses of each query's own, of which there are `most` at most.
+        """As in `Ops`, of weights that count `factor` times; keys may be addresses of each query's own, of which there
+        are `most` at most.
 
         int32 [n, min(topk, rows there are)]: there may be more -1 at the end.
         """
@@ -426,19 +434,6 @@ class FusedOps(BatchOps, Protocol):
         eps: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """As in `Ops`; with `norm` of x normed as by `rms_norm`."""
-
-    def select_rows(
-        self,
-        q: Tensor,
-        weights: Tensor,
-        keys: Tensor,
-        layout: RowLayout,
-        visible: Tensor,
-        topk: int,
-        most: int | None = None,
-        factor: float = 1.0,
-    ) -> Tensor:
-        """As in `BatchOps`, of weights that count `factor` times."""
 
     def enter(
         self,

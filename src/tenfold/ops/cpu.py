@@ -1,4 +1,4 @@
-"""The native CPU backend: every operation by a kernel, but the look-up of embeddings and V3.2's one layer norm.
+"""The native CPU backend: every operation by a kernel, but V3.2's one layer norm.
 
 Weights stay as they are stored. Knows nothing of layers; what each operation means is in `Ops`.
 """
@@ -13,10 +13,13 @@ from tenfold.ops import Weight
 from tenfold.ops.cpu_attention import (
     compress,
     compress_step,
+    embed,
     hadamard,
     hc_collapse,
+    hc_embed,
     hc_merge,
     hc_mix,
+    look_up,
     norm_rope,
     norm_rope_pack,
     pack_rows,
@@ -31,7 +34,7 @@ from tenfold.ops.cpu_attention import (
 )
 from tenfold.ops.cpu_graph import recordings
 from tenfold.ops.cpu_linear import experts, feed_forward, grouped_linear, linear, linear_each, prepare
-from tenfold.ops.reference import dequantize, embed, layer_norm
+from tenfold.ops.reference import dequantize, layer_norm
 
 __all__ = [
     "compress",
@@ -43,11 +46,13 @@ __all__ = [
     "grouped_linear",
     "hadamard",
     "hc_collapse",
+    "hc_embed",
     "hc_merge",
     "hc_mix",
     "layer_norm",
     "linear",
     "linear_each",
+    "look_up",
     "norm_rope",
     "norm_rope_pack",
     "pack_rows",

@@ -24,10 +24,13 @@ from tenfold.ops import Rows, Weight, reference
 __all__ = [
     "compress",
     "compress_step",
+    "embed",
     "hadamard",
     "hc_collapse",
+    "hc_embed",
     "hc_merge",
     "hc_mix",
+    "look_up",
     "norm_rope",
     "norm_rope_pack",
     "pack_rows",
@@ -328,7 +331,50 @@ def unpack_rows(packed: Tensor, layout: RowLayout) -> Tensor:
     return out
 
 
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def embed(ids: Tensor, weight: Weight) -> Tensor:
+    return _embedded(ids, weight, 1)[:, 0]
+
+
+def look_up(ids: Tensor, table: Weight) -> Tensor:
+    ids, data = ids.contiguous(), table.data
+    out = torch.empty(ids.shape[0], data.shape[1], dtype=torch.int64)
+    _kernel("look_up")(
+        _checked("table", data, torch.int64, tuple(data.shape)), _checked_ids(ids, data.shape[0]), out.data_ptr(),
+        *out.shape,
+    )  # fmt: skip
+    return out
+
+
+def _embedded(ids: Tensor, weight: Weight, copies: int) -> Tensor:
+    """float32 [n, copies, width]: rows of a table in float32 or bf16."""
+    ids, data = ids.contiguous(), weight.data
+    dtype = torch.bfloat16 if data.dtype is torch.bfloat16 else torch.float32
+    out = torch.empty(ids.shape[0], copies, data.shape[1])
+    _kernel("embed")(
+        _checked("table", data, dtype, tuple(data.shape)), _checked_ids(ids, data.shape[0]), out.data_ptr(),
+        *out.shape, dtype is torch.bfloat16, _native.num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _checked_ids(ids: Tensor, num_rows: int) -> int:
+    """The address of numbers of rows. A recorded pass does not look again: its tokens are the vocabulary's."""
+    address = _checked("ids", ids, torch.int64, (ids.shape[0],))
+    if ids.numel() and _native.recorder() is None:
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= num_rows:
+            raise IndexError(f"ids: there are {num_rows} rows, got {low} to {high}")
+    return address
+
+
 # ---------------------------------------------------------------------------------------------- hyper-connections
+
+
+def hc_embed(ids: Tensor, weight: Weight, copies: int) -> Tensor:
+    return _embedded(ids, weight, copies)
 
 
 def hc_mix(
@@ -412,6 +458,7 @@ def select_rows(
     visible: Tensor,
     topk: int,
     most: int | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
     n, heads, dim = q.shape
     q, weights, visible = q.contiguous(), weights.contiguous(), visible.contiguous()
@@ -428,7 +475,7 @@ def select_rows(
         if most > keys.shape[0]:
             raise IndexError(f"visible: a query is to see {most} rows of the {keys.shape[0]} there are")
     out = torch.empty(n, min(topk, most), dtype=torch.int32)
-    _kernel(kernel)(*addresses, out.data_ptr(), n, heads, dim, out.shape[1], _native.num_threads())
+    _kernel(kernel)(*addresses, out.data_ptr(), n, heads, dim, out.shape[1], factor, _native.num_threads())
     return out
 
 

@@ -114,6 +114,10 @@ def embed(ids: Tensor, weight: Weight) -> Tensor:
     return weight.data[ids].float()
 
 
+def look_up(ids: Tensor, table: Weight) -> Tensor:
+    return table.data[ids]
+
+
 def linear(x: Tensor, weight: Weight) -> Tensor:
     return _matmul(x, dequantize(weight))
 
@@ -192,6 +196,10 @@ def _hadamard_matrix(width: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- hyper-connections
+
+
+def hc_embed(ids: Tensor, weight: Weight, copies: int) -> Tensor:
+    return embed(ids, weight)[:, None, :].repeat(1, copies, 1)
 
 
 def hc_mix(

@@ -23,7 +23,6 @@ from tenfold import Engine
 from tenfold import config as configuration
 from tenfold.decoding import Place
 from tenfold.ops.triton import attention, topk
-from tenfold.step import BatchSpan
 from tenfold.synth import synth
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the interpreter's launches are counted")
@@ -80,8 +79,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
     monkeypatch.setattr(attention, "_splits", lambda *_: 2)  # as where a few queries do not fill a GPU
-    for name in ("entries", "window"):  # computed for the first layer that asks
-        monkeypatch.setattr(BatchSpan, name, found.quietly(getattr(BatchSpan, name)))
     return found
 
 

@@ -48,6 +48,7 @@ class Triton:
 
     reads_codes = True
     embed = staticmethod(compress.embed)
+    look_up = staticmethod(reference.look_up)
     rms_norm = staticmethod(rows.rms_norm)
     layer_norm = staticmethod(rows.layer_norm)
     rope = staticmethod(rows.rope)
@@ -57,6 +58,7 @@ class Triton:
     hadamard = staticmethod(rows.hadamard)
     pack_rows = staticmethod(rows.pack_rows)
     unpack_rows = staticmethod(rows.unpack_rows)
+    hc_embed = staticmethod(compress.hc_embed)
     hc_mix = staticmethod(hyper.hc_mix)
     hc_merge = staticmethod(hyper.hc_merge)
     hc_collapse = staticmethod(hyper.hc_collapse)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tenfold.ops import Weight
 from tenfold.ops.triton.lowp import INTERPRET
 
-__all__ = ["compress", "embed"]
+__all__ = ["compress", "embed", "hc_embed"]
 
 
 @triton.jit(do_not_specialize=["entries", "stride_group", "stride_token"])
@@ -84,3 +84,7 @@ def embed(ids: Tensor, weight: Weight) -> Tensor:
             ids.contiguous(), weight.data, out, n, weight.shape[0], width, wide, each
         )
     return out
+
+
+def hc_embed(ids: Tensor, weight: Weight, copies: int) -> Tensor:
+    return embed(ids, weight)[:, None, :].repeat(1, copies, 1)

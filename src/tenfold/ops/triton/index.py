@@ -37,7 +37,7 @@ def select_rows(
     most: int | None = None,
     factor: float = 1.0,
 ) -> Tensor:
-    """As in `FusedOps`, without asking the device how many rows are visible: the width is min(topk, rows there are)."""
+    """As in `BatchOps`, without asking the device how many rows are visible: the width is min(topk, rows there are)."""
     n, most = q.shape[0], keys.shape[0] if most is None else most
     width = min(topk, most)
     if most <= width:  # all that is visible is selected: no scores are needed
