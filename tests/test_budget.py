@@ -65,6 +65,20 @@ def test_exact_rows_take_more() -> None:
     assert stream_bytes(config, 1 << 20, exact=True) > 3 * stream_bytes(config, 1 << 20)
 
 
+@pytest.mark.parametrize(("name", "rows"), [("v4-flash", 96), ("v4-pro", 64), ("v3.2", 128)])
+def test_experts_take_as_many_tokens_as_there_is_memory_for(name: str, rows: int) -> None:
+    """What a tile's attention takes serves for some; more only where it is free, and never beyond the chunk."""
+    config = configuration.load(name)
+    rich = fit(config, 1 << 13, budget(200))
+    assert rich.tile_tokens < rich.wide_tokens <= rich.chunk_tokens
+    assert rich.wide_tokens * config.num_experts_per_tok // config.n_routed_experts == rows
+    for share in (0.99, 0.96, 0.93, 0.9):
+        poor = fit(config, 1 << 13, budget(rich.total_bytes / GIB * share))
+        assert poor.total_bytes <= rich.total_bytes * share
+        assert poor.tile_tokens <= poor.wide_tokens <= min(rich.wide_tokens, poor.chunk_tokens)
+    assert fit(config, 100, budget(200)).wide_tokens == 100
+
+
 def test_short_sessions_share_a_tile_as_long_as_one_of_theirs_put_together() -> None:
     config = configuration.load("v4-flash")
     short, long = (fit(config, context, budget(200), exact=False) for context in (96, 1 << 20))

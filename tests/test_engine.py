@@ -24,6 +24,7 @@ from tenfold import config as configuration
 from tenfold.engine import Session, _Reports, parse_bytes
 from tenfold.errors import ConfigError, ContextTooLong, InputError, StoreError, UsageError
 from tenfold.machine import this_machine
+from tenfold.ops import cpu_linear
 from tenfold.synth import synth
 
 SHARED: dict[str, Any] = {
@@ -581,12 +582,49 @@ def test_attention_in_parts_is_attention_at_once(
     assert calls[1] > 2 * calls[0]
 
 
-def test_a_pass_can_be_stopped_within_a_layer(v4: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_tiles(session: Session, tile_tokens: int, wide_tokens: int) -> Session:
+    """The same session with tiles of its own."""
+    assert session.need.chunk_tokens >= wide_tokens
+    session.need = replace(session.need, tile_tokens=tile_tokens, most_tile_tokens=tile_tokens, wide_tokens=wide_tokens)
+    return session
+
+
+@pytest.mark.parametrize(("name", "numerics"), EVERY)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_experts_may_take_more_tokens_than_attention(
+    load: Load, monkeypatch: pytest.MonkeyPatch, name: str, numerics: str, threads: int
+) -> None:
+    """All of a chunk or not, in one call or one for each expert: the same bits, and ticks in between."""
+    torch.set_num_threads(threads)
+    engine, ids = load(name, numerics), text(150)
+    whole = in_one_pass(engine, ids)
+    calls = []
+    for flops in (cpu_linear._PART_FLOPS, 1):
+        monkeypatch.setattr(cpu_linear, "_PART_FLOPS", flops)
+        for tile, wide in ((16, 16), (16, 48), (40, 80), (7, 150)):
+            session, shares = in_tiles(engine.session(150), tile, wide), list[float]()
+            assert torch.equal(engine._run({session: array("i", ids)}, every=True, tick=shares.append), whole)
+            assert shares == sorted(shares)
+            assert shares[-1] == 1.0
+        calls.append(len(shares))
+    assert calls[1] > calls[0] or engine.backend == "reference"
+
+
+def test_sessions_share_what_their_experts_take(v4: Engine) -> None:
+    texts = {in_tiles(v4.session(150), 16, 48): text(150, seed) for seed in range(3)}
+    found = v4.step(texts)
+    for session, ids in texts.items():
+        assert torch.equal(found[session], in_one_pass(v4, ids)[-1])
+
+
+@pytest.mark.parametrize("wide", [16, 40])
+def test_a_pass_can_be_stopped_within_a_layer(v4: Engine, monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
     monkeypatch.setattr(step, "_PART_FLOPS", 1)
+    monkeypatch.setattr(cpu_linear, "_PART_FLOPS", 1)
     ids = text(60)
     whole = in_one_pass(v4, ids)
     for most in range(0, 300, 13):
-        session = v4.session(60)
+        session = in_tiles(v4.session(60), 16, wide)
         session.feed(ids[:20])
         ticks = iter(range(most))
         with suppress(StopIteration):

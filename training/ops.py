@@ -44,6 +44,9 @@ class TrainingOps:
     def embed(self, ids: Tensor, weight: Weight) -> Tensor:
         return functional.embedding(ids, weight.data).float()
 
+    def look_up(self, ids: Tensor, table: Weight) -> Tensor:
+        return functional.embedding(ids, table.data)
+
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         return functional.linear(x.to(self.dtype), weight.data.to(self.dtype))
 

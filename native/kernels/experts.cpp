@@ -27,7 +27,7 @@ struct Bank {
     }
 };
 
-// The (token, expert) pairs by expert, then by token. `stop[e]` is where expert e's pairs end.
+// The (token, expert) pairs by expert, then by token. `stop[e]` is where expert e's pairs end, `count` where all do.
 struct Pairs {
     const int32_t *token, *place;
     const int32_t* stop;
@@ -219,15 +219,17 @@ Pairs pairs_of_one(int64_t n, int32_t* memory) {
 
 void experts(const float* x, const int64_t* ids, const float* weights, const void* const* addresses,
              const SharedExpert* shared, float* out, int32_t* pairs_memory, float* memory, int64_t n, int64_t topk,
-             int64_t num_experts, int64_t hidden, int64_t inner, int64_t slice, int32_t gate_format,
-             int32_t down_format, float limit, int32_t threads) {
+             int64_t num_experts, int64_t first_expert, int64_t last_expert, int64_t hidden, int64_t inner,
+             int64_t slice, int32_t gate_format, int32_t down_format, float limit, int32_t threads) {
     const Bank bank{addresses, static_cast<Format>(gate_format), static_cast<Format>(down_format),
                     num_experts, hidden, inner};
-    const Pairs pairs = sort_pairs(ids, n, topk, num_experts, pairs_memory);
+    Pairs pairs = sort_pairs(ids, n, topk, num_experts, pairs_memory);
+    const int64_t begin = first_expert == 0 ? 0 : pairs.stop[first_expert - 1];
+    pairs.count = last_expert == 0 ? 0 : pairs.stop[last_expert - 1];
     const Scratch scratch(memory, slice, bank);
     const uint64_t out_bytes = static_cast<uint64_t>(n * hidden) * sizeof(float);
-    std::memset(out, 0, out_bytes);
-    Layer layers[2] = {{x, weights, out, bank, pairs, scratch, limit, 0, 0}};
+    if (first_expert == 0) std::memset(out, 0, out_bytes);
+    Layer layers[2] = {{x, weights, out, bank, pairs, scratch, limit, begin, begin}};
     int64_t slices[2] = {slice, (slice + topk - 1) / topk};
     if (shared == nullptr) return run_slices(layers, 1, slices, threads);
 

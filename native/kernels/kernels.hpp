@@ -65,7 +65,8 @@ void linear_each(const float* x, const Stacked* stack, int64_t count, float* y, 
 // out[t, :] = sum over i of weights[t, i] * w2 (silu(w1 x[t]) * w3 x[t]) of expert ids[t, i], in the order of expert
 // ids, gate and up clamped by `limit`. `addresses` holds codes and scales of w1, w2, w3 by expert; `pairs_memory`
 // room for 2 * n * topk + num_experts + 1 numbers, `memory` for slice * (padded(hidden) + 2 * inner + padded(inner)).
-// With a shared expert (or null) what it makes of each token, summed in its `out` [n, hidden], is added at last;
+// Experts outside [first_expert, last_expert) are left out; `out` begins with zeros where first_expert is 0, else they are
+// added to it. With a shared expert (or null) what it makes of each token, summed in its `out` [n, hidden], is added at last;
 // `pairs_memory` has room for n + 1 more then, and `memory` for its own slice of ceil(slice / topk) behind the other.
 struct SharedExpert {
     const void* const* addresses;
@@ -74,8 +75,8 @@ struct SharedExpert {
 };
 void experts(const float* x, const int64_t* ids, const float* weights, const void* const* addresses,
              const SharedExpert* shared, float* out, int32_t* pairs_memory, float* memory, int64_t n, int64_t topk,
-             int64_t num_experts, int64_t hidden, int64_t inner, int64_t slice, int32_t gate_format,
-             int32_t down_format, float limit, int32_t threads);
+             int64_t num_experts, int64_t first_expert, int64_t last_expert, int64_t hidden, int64_t inner,
+             int64_t slice, int32_t gate_format, int32_t down_format, float limit, int32_t threads);
 
 // out[n, heads, value_dim] = softmax(scale * q . rows and sink) over all rows of all sources; sink [heads] or null.
 // The last 2 * pairs channels of an output are turned back by its query's position, position + its number.

@@ -56,7 +56,7 @@ _KERNELS = {
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _INT32),
     "linear": (*[_POINTER] * 5, *[_INT64] * 5, _INT32, _INT32),
     "linear_each": (*[_POINTER] * 2, _INT64, *[_POINTER] * 2, *[_INT64] * 3, _INT32),
-    "experts": (*[_POINTER] * 8, *[_INT64] * 6, _INT32, _INT32, _FLOAT, _INT32),
+    "experts": (*[_POINTER] * 8, *[_INT64] * 8, _INT32, _INT32, _FLOAT, _INT32),
     "sparse_attention": (_POINTER, _POINTER, _INT64, *[_POINTER] * 3, *[_INT64] * 6, _FLOAT, _POINTER, _INT32),
     "select_rows": (*[_POINTER] * 6, *[_INT64] * 4, _FLOAT, _INT32),
     "pack_rows": (*[_POINTER] * 3, _INT64, _INT32),

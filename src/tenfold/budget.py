@@ -19,6 +19,7 @@ _MOST_CHUNK_TOKENS = 65536
 _LEAST_TILE_TOKENS, _MOST_TILE_TOKENS = 32, 2048
 _TILE_BYTES = 16 << 20
 _EXPERT_ROWS = 24
+_MANY_EXPERT_ROWS = 128
 _UNHURRIED_CHUNK_TOKENS = 4096
 _TOKENS_PER_S_FLOPS = 240e9
 _PATIENCE_S = 0.9
@@ -53,12 +54,14 @@ class Budget:
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes of a session of `context` tokens, by what they are for, and how it reads: `chunk_tokens` go through one
-    layer before the next, `tile_tokens` of them at a time. A longer context would read `most_tile_tokens` at a time."""
+    layer before the next, `tile_tokens` of them at a time, through its experts `wide_tokens`. A longer context would
+    read `most_tile_tokens` at a time."""
 
     context: int
     chunk_tokens: int
     tile_tokens: int
     most_tile_tokens: int
+    wide_tokens: int
     base_bytes: int
     weights_bytes: int
     kv_bytes: int
@@ -78,7 +81,15 @@ class Need:
         chunk = min(self.chunk_tokens, chunk_tokens)
         residual = self.residual_bytes * chunk // self.chunk_tokens
         tile, most_tile = min(self.tile_tokens, chunk), min(self.most_tile_tokens, chunk)
-        return replace(self, chunk_tokens=chunk, tile_tokens=tile, most_tile_tokens=most_tile, residual_bytes=residual)
+        wide = min(self.wide_tokens, chunk)
+        return replace(
+            self,
+            chunk_tokens=chunk,
+            tile_tokens=tile,
+            most_tile_tokens=most_tile,
+            wide_tokens=wide,
+            residual_bytes=residual,
+        )
 
 
 def shared_tile_tokens(needs: Iterable[Need]) -> int:
@@ -111,20 +122,25 @@ def fit(config: ModelConfig, context: int, budget: Budget, *, exact: bool = Fals
     Raises DoesNotFit with the longest context that fits and the memory this one needs.
     """
     tile = _GPU_TILE_TOKENS if budget.on_gpu else _tile_tokens(config)
-    while tile > _LEAST_TILE_TOKENS and _need(config, context, tile, tile, budget, exact).total_bytes > _room(budget):
+    while tile > _LEAST_TILE_TOKENS and _need(config, context, tile, tile, tile, budget, exact).total_bytes > _room(
+        budget
+    ):
         tile //= 2
-    least = _need(config, context, tile, tile, budget, exact)
+    least = _need(config, context, tile, tile, tile, budget, exact)
     if least.total_bytes > budget.memory_bytes:
         raise DoesNotFit(_refusal(config, least, budget, exact))
     free = _room(budget) - least.total_bytes + least.residual_bytes
     chunk = max(tile, min(_wanted_chunk(budget, tile), free // _residual_bytes(config, 1)) // tile * tile)
-    return _need(config, context, chunk, tile, budget, exact)
+    need = _need(config, context, chunk, tile, tile, budget, exact)
+    wide = _wide_tokens(config, need, _room(budget) - need.total_bytes, budget.on_gpu)
+    return _need(config, context, chunk, tile, wide, budget, exact)
 
 
 def gpu_session_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> int:
     """What a session of `context` tokens takes of a GPU beside the weights, in the least chunks."""
     budget = Budget(0, 0, 0, streamed=False, on_gpu=True)
-    return _need(config, context, _LEAST_GPU_TILE_TOKENS, _LEAST_GPU_TILE_TOKENS, budget, exact).total_bytes
+    least = _LEAST_GPU_TILE_TOKENS
+    return _need(config, context, least, least, least, budget, exact).total_bytes
 
 
 def stream_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> int:
@@ -136,20 +152,21 @@ def stream_bytes(config: ModelConfig, context: int, *, exact: bool = False) -> i
     return sum(spec.rows_at(context) * layout.row_bytes for spec, layout in rows)
 
 
-def _need(config: ModelConfig, context: int, chunk: int, tile: int, budget: Budget, exact: bool) -> Need:
-    most_tile, tile, chunk = tile, min(tile, context), min(chunk, context)
+def _need(config: ModelConfig, context: int, chunk: int, tile: int, wide: int, budget: Budget, exact: bool) -> Need:
+    most_tile, tile, wide, chunk = tile, min(tile, context), min(wide, context), min(chunk, context)
     return Need(
         context=context,
         chunk_tokens=chunk,
         tile_tokens=tile,
         most_tile_tokens=most_tile,
+        wide_tokens=wide,
         base_bytes=budget.base_bytes,
         weights_bytes=budget.weights_bytes,
         kv_bytes=stream_bytes(config, context, exact=exact),
         ids_bytes=context * _ID_BYTES,
         points_bytes=_RESTORE_POINTS * (stream_bytes(config, 0, exact=exact) + 4 * config.vocab_size),
         residual_bytes=_residual_bytes(config, chunk),
-        scratch_bytes=_scratch_bytes(config, tile, chunk, budget.on_gpu),
+        scratch_bytes=_scratch_bytes(config, tile, wide, chunk, budget.on_gpu),
     )
 
 
@@ -181,18 +198,51 @@ def _residual_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * streams * config.hidden_size * tokens
 
 
-def _scratch_bytes(config: ModelConfig, tile: int, chunk: int, on_gpu: bool) -> int:
+def _wide_tokens(config: ModelConfig, need: Need, free_bytes: int, on_gpu: bool) -> int:
+    """Tokens that go through the experts at a time: each is read once for all of its tokens, and multiplies many rows
+    faster than few. As many as fit in what a tile takes anyway and in what is free; more than some rows each bring
+    nothing."""
+    if on_gpu:
+        return need.tile_tokens
+    tile, chunk = need.tile_tokens, need.chunk_tokens
+    useful = min(chunk, _MANY_EXPERT_ROWS * config.n_routed_experts // config.num_experts_per_tok)
+    room = _tile_bytes(config, tile) + max(0, free_bytes)
+    wide = tile
+    while wide < useful and _wide_bytes(config, wide + tile) <= room:
+        wide += tile
+    parts = -(-chunk // wide)
+    return min(wide, -(-chunk // parts // tile) * tile)
+
+
+def _scratch_bytes(config: ModelConfig, tile: int, wide: int, chunk: int, on_gpu: bool) -> int:
     """What a tile needs on its way through a layer, float32, and what kernels and the allocator take for themselves.
 
     Experts begin when attention has given its memory back; a GPU's allocator keeps it.
     """
-    width = config.hidden_size + 3 * config.moe_intermediate_size
     residual, attention = (4 * numbers * tile for numbers in _token_numbers(config))
-    routed = 4 * tile * config.num_experts_per_tok * width
     if on_gpu:
-        return residual + attention + min(routed, _GPU_SCRATCH_BYTES) + SLACK_BYTES
+        return residual + attention + min(_routed_bytes(config, tile), _GPU_SCRATCH_BYTES) + SLACK_BYTES
     slack = SLACK_BYTES if chunk > 2 * tile else SLACK_BYTES // 2
-    return residual + max(attention, min(routed, _MOST_KERNEL_SCRATCH_BYTES)) + slack
+    most = max(_tile_bytes(config, tile), _wide_bytes(config, wide) if wide > tile else 0)
+    return residual + most + slack
+
+
+def _tile_bytes(config: ModelConfig, tile: int) -> int:
+    """Of attention, then of the experts of a tile."""
+    return max(4 * _token_numbers(config)[1] * tile, min(_routed_bytes(config, tile), _MOST_KERNEL_SCRATCH_BYTES))
+
+
+def _wide_bytes(config: ModelConfig, tokens: int) -> int:
+    """Of experts that take more than a tile: what they are given and give, what routes it, and the kernels' own."""
+    streams = config.hc_mult if isinstance(config, DeepseekV4Config) else 0
+    routing = 2 * config.n_routed_experts + 4 * config.num_experts_per_tok + streams * (streams + 1)
+    kernels = min(_routed_bytes(config, tokens), _MOST_KERNEL_SCRATCH_BYTES)
+    return 4 * (2 * config.hidden_size + routing) * tokens + kernels
+
+
+def _routed_bytes(config: ModelConfig, tokens: int) -> int:
+    """Of the kernels of so many tokens' routed experts, if they had no limit."""
+    return 4 * tokens * config.num_experts_per_tok * (config.hidden_size + 3 * config.moe_intermediate_size)
 
 
 def _token_numbers(config: ModelConfig) -> tuple[int, int]:

@@ -139,9 +139,10 @@ class Step:
     """All tokens of a pass in one row: ids and positions int64 [n], the spans, and the rows whose logits are wanted;
     None are all.
 
-    A layer takes `tile_tokens` of them at a time, so that what it computes on the way fits the memory planned. `pace`
-    hears of it after each, and within a layer wherever a second might pass; `swiftness` is how many times as much as
-    two cores the device does in that time.
+    A layer takes `tile_tokens` of them at a time, so that what it computes on the way fits the memory planned; its
+    experts, which need less for each and are better off with many, `wide_tokens` where those are more. `pace` hears of
+    it after each, and within a layer wherever a second might pass; `swiftness` is how many times as much as two cores
+    the device does in that time.
     """
 
     ids: Tensor
@@ -151,6 +152,7 @@ class Step:
     tile_tokens: int
     pace: Pace | None = None
     swiftness: int = 1
+    wide_tokens: int = 0
     _places: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def places(self, ratio: int) -> Tensor:
@@ -181,11 +183,18 @@ class Step:
 
     def tiles(self) -> list[tuple[slice, Step]]:
         """The rows of each tile and the step that computes them; one after the other they are this step."""
+        return self._cut(self.tile_tokens)
+
+    def wide_tiles(self) -> list[tuple[slice, Step]]:
+        """The same for experts."""
+        return self._cut(max(self.wide_tokens, self.tile_tokens))
+
+    def _cut(self, most: int) -> list[tuple[slice, Step]]:
         n = self.ids.shape[0]
-        if n <= self.tile_tokens:
+        if n <= most:
             return [(slice(0, n), self)]
-        starts = range(0, n, self.tile_tokens)
-        return [(slice(s, min(s + self.tile_tokens, n)), self._tile(s, min(s + self.tile_tokens, n))) for s in starts]
+        starts = range(0, n, most)
+        return [(slice(s, min(s + most, n)), self._tile(s, min(s + most, n))) for s in starts]
 
     def _tile(self, start: int, stop: int) -> Step:
         spans = tuple(span.within(start, stop) for span in self.spans if span.start < stop and start < span.stop)

@@ -207,7 +207,7 @@ _SPREAD = (
 )
 """Mean and standard deviation by the end of a name; every other tensor has 0 and (inputs)^-1/2."""
 
-_E4M3_NAN = 0x7F
+_E4M3_NAN, _E4M3_EXPONENT = 0x7F, 0x78
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +240,16 @@ class _Dice:
         return torch.empty(spec.shape, dtype=torch.bfloat16).normal_(mean, std, generator=self._generator(spec.name))
 
     def _coded(self, spec: TensorSpec, form: WeightFormat) -> Weight:
-        """Codes drawn evenly, NaN left out, under the powers of two that give a variance of 1 / inputs."""
+        """Codes drawn evenly under the powers of two that give a variance of 1 / inputs.
+
+        NaN is left out, and so is what would be subnormal: weights that were quantised have hardly any such code, and
+        some CPUs take a hundred cycles for each, so that a random network would tell nothing of a real one's speed.
+        """
         generator = self._generator(spec.name)
         codes = _octets(prod(form.stored_shape(spec.shape)), generator).view(form.stored_shape(spec.shape))
         if form is not MXFP4:
             codes -= ((codes & _E4M3_NAN) == _E4M3_NAN).to(torch.uint8)
+            codes |= ((codes & _E4M3_EXPONENT) == 0).to(torch.uint8) << 3
         grid = form.scale_shape(spec.shape)
         assert grid is not None
         scales = _scales(grid, spec.shape[-1] ** -0.5 / _rms_of_codes(form.bits), generator)
@@ -279,6 +284,7 @@ def _rms_of_codes(bits: int) -> float:
     if bits == 4:
         return math.sqrt(sum(value * value for value in E2M1_VALUES) / len(E2M1_VALUES))
     codes = torch.arange(128, dtype=torch.uint8).clamp(max=_E4M3_NAN - 1)
+    codes[:8] += 8  # there are no subnormal ones
     return float(codes.view(torch.float8_e4m3fn).double().square().mean().sqrt())
 
 

@@ -21,7 +21,17 @@ from tenfold.step import BatchSpan, Span, Step
 from tenfold.streams import GrowingRows
 from tenfold.tables import TableRows
 
-__all__ = ["Binder", "Layer", "attend", "fused", "rope_frequencies", "select", "select_fused", "through_layers"]
+__all__ = [
+    "Binder",
+    "Layer",
+    "add_shared",
+    "attend",
+    "fused",
+    "rope_frequencies",
+    "select",
+    "select_fused",
+    "through_layers",
+]
 
 
 _CPU = torch.device("cpu")
@@ -75,7 +85,14 @@ class Binder:
 class Layer(Protocol):
     """A layer of either architecture: the residual of some tokens before and after it."""
 
-    def forward(self, h: Tensor, step: Step) -> Tensor: ...
+    def forward(self, h: Tensor, step: Step) -> Tensor:
+        """All of it: `attend`, then `feed`."""
+
+    def attend(self, h: Tensor, step: Step) -> Tensor:
+        """The first half; `h` stays as it is."""
+
+    def feed(self, h: Tensor, step: Step) -> None:
+        """The second half, to `h` itself; but for the experts, which get all at once, tile by tile of the step."""
 
 
 def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
@@ -83,19 +100,40 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
 
     So each layer's weights are read, from memory or disk, once per chunk. h may be overwritten.
     """
-    tiles = step.tiles()
+    tiles, wide = step.tiles(), step.wide_tiles()
     heap = _Heap() if h.device == _CPU and h.shape[0] >= _HEAVY_ROWS else None
+
+    def ended(layer: int, place: int, of: int) -> None:
+        if step.pace is not None:
+            step.pace.reached((layer + place / of) / len(layers))
+        if heap is not None:
+            heap.tidy(place, of)
+
     for index, layer in enumerate(layers):
-        for place, (rows, tile) in enumerate(tiles):
-            if len(tiles) == 1:
-                h = layer.forward(h, tile)
-            else:
+        if len(tiles) == 1:
+            h = layer.forward(h, step)
+            ended(index, 1, 1)
+        elif len(wide) == len(tiles):
+            for place, (rows, tile) in enumerate(tiles):
                 h[rows] = layer.forward(h[rows], tile)
-            if step.pace is not None:
-                step.pace.reached((index + (place + 1) / len(tiles)) / len(layers))
-            if heap is not None:
-                heap.tidy(place + 1, len(tiles))
+                ended(index, place + 1, len(tiles))
+        else:
+            parts = len(tiles) + len(wide)
+            for place, (rows, tile) in enumerate(tiles):
+                h[rows] = layer.attend(h[rows], tile)
+                ended(index, place + 1, parts)
+            for place, (rows, tile) in enumerate(wide):
+                layer.feed(h[rows], tile)
+                ended(index, len(tiles) + place + 1, parts)
     return h
+
+
+def add_shared(ops: Ops, y: Tensor, x: Tensor, shared: Experts, limit: float | None, step: Step) -> Tensor:
+    """y [n, d] and what the one expert of `shared` makes of x [n, d], tile by tile; y is overwritten."""
+    for rows, _ in step.tiles():
+        y[rows] += ops.feed_forward(x[rows], shared.w1[0], shared.w2[0], shared.w3[0], limit)
+        step.breathe()
+    return y
 
 
 class _Heap:

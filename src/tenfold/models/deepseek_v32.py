@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV32Config, LayerSpec
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32
-from tenfold.models.blocks import Binder, attend, fused, select, select_fused, through_layers
+from tenfold.models.blocks import Binder, add_shared, attend, fused, select, select_fused, through_layers
 from tenfold.ops import FusedOps, Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
 
@@ -57,9 +57,16 @@ class Block:
             h = self.self_attn.forward_fused(one, h, self.input_layernorm, step)
             step.breathe()
             return self.mlp.forward_fused(one, h, self.post_attention_layernorm)
-        h = h + self.self_attn.forward(self.ops.rms_norm(h, self.input_layernorm, self.eps), step)
+        h = self.attend(h, step)
         step.breathe()
         return h + self.mlp.forward(self.ops.rms_norm(h, self.post_attention_layernorm, self.eps))
+
+    def attend(self, h: Tensor, step: Step) -> Tensor:
+        return h + self.self_attn.forward(self.ops.rms_norm(h, self.input_layernorm, self.eps), step)
+
+    def feed(self, h: Tensor, step: Step) -> None:
+        x = self.ops.rms_norm(h, self.post_attention_layernorm, self.eps)
+        h += self.mlp.forward_wide(x, step)
 
 
 class Attention:
@@ -222,6 +229,14 @@ class DenseFFN:
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.feed_forward(x, self.gate_proj, self.down_proj, self.up_proj, None)
 
+    def forward_wide(self, x: Tensor, step: Step) -> Tensor:
+        """The same of more tokens than a tile has."""
+        y = torch.empty_like(x)
+        for rows, _ in step.tiles():
+            y[rows] = self.forward(x[rows])
+            step.breathe()
+        return y
+
     def forward_fused(self, one: FusedOps, h: Tensor, norm: Weight) -> Tensor:
         """h and what comes of it, normed, of a batch."""
         weights = self.gate_proj, self.down_proj, self.up_proj
@@ -241,13 +256,19 @@ class MoE:
 
     def forward(self, x: Tensor) -> Tensor:
         ids, weights = self.ops.route(x, self.gate, **self._choice)
-        return self.ops.experts(x, ids, weights, self.experts, **self._sum)
+        return self.ops.experts(x, ids, weights, self.experts, shared=self.shared_experts, **self._sum)
+
+    def forward_wide(self, x: Tensor, step: Step) -> Tensor:
+        """The same of more tokens than a tile has."""
+        ids, weights = self.ops.route(x, self.gate, **self._choice)
+        y = self.ops.experts(x, ids, weights, self.experts, breathe=step.breathe, **self._sum)
+        return add_shared(self.ops, y, x, self.shared_experts, None, step)
 
     def forward_fused(self, one: FusedOps, h: Tensor, norm: Weight) -> Tensor:
         """h and what comes of it, normed, of a batch."""
         eps = self.config.rms_norm_eps
         ids, weights = one.route(h, self.gate, norm=norm, eps=eps, **self._choice)
-        return one.experts_onto(h, norm, eps, ids, weights, self.experts, **self._sum)
+        return one.experts_onto(h, norm, eps, ids, weights, self.experts, shared=self.shared_experts, **self._sum)
 
     @property
     def _choice(self) -> dict[str, Any]:
@@ -263,4 +284,4 @@ class MoE:
 
     @property
     def _sum(self) -> dict[str, Any]:
-        return {"limit": None, "weigh_first": False, "shared": self.shared_experts}
+        return {"limit": None, "weigh_first": False}

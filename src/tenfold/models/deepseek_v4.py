@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tenfold.config import DeepseekV4Config, LayerSpec
 from tenfold.errors import CheckpointError
-from tenfold.models.blocks import Binder, attend, fused, select, select_fused, through_layers
+from tenfold.models.blocks import Binder, add_shared, attend, fused, select, select_fused, through_layers
 from tenfold.ops import FusedOps, Group, Rows, Stack, Weight
 from tenfold.step import BatchSpan, Span, Step
 
@@ -89,13 +89,25 @@ class Block:
         self.ffn = MoE(config, layer, bind, prefix + "ffn.")
 
     def forward(self, h: Tensor, step: Step) -> Tensor:
-        x, post, combination = self.hc_attn.mix(h, self.attn_norm)
-        y = self.attn.forward(x, step)
-        h = self.ops.hc_merge(h, y, post, combination)
+        h = self.attend(h, step)
         step.breathe()
         x, post, combination = self.hc_ffn.mix(h, self.ffn_norm)
         y = self.ffn.forward(x, step)
         return self.ops.hc_merge(h, y, post, combination)
+
+    def attend(self, h: Tensor, step: Step) -> Tensor:
+        x, post, combination = self.hc_attn.mix(h, self.attn_norm)
+        y = self.attn.forward(x, step)
+        return self.ops.hc_merge(h, y, post, combination)
+
+    def feed(self, h: Tensor, step: Step) -> None:
+        (n, m, d), tiles = h.shape, step.tiles()
+        x, post, combination = h.new_empty(n, d), h.new_empty(n, m), h.new_empty(n, m, m)
+        for rows, _ in tiles:
+            x[rows], post[rows], combination[rows] = self.hc_ffn.mix(h[rows], self.ffn_norm)
+        y = self.ffn.forward_wide(x, step)
+        for rows, _ in tiles:
+            h[rows] = self.ops.hc_merge(h[rows], y[rows], post[rows], combination[rows])
 
     def forward_fused(self, one: FusedOps, h: Tensor, merge: Merge | None, step: Step) -> Merge:
         """The same for a batch: `merge` is what the layer before left to be merged, and so is what comes back."""
@@ -322,8 +334,20 @@ class MoE:
         self.shared_experts = bind.shared_expert(prefix + "shared_experts.", ("w1", "w2", "w3"))
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
+        ids, weights = self._route(x, step)
+        one, limit = fused(self.ops, step), self.config.swiglu_limit
+        run = self.ops.experts if one is None else one.experts_apart  # which the merge adds up
+        return run(x, ids, weights, self.experts, limit=limit, weigh_first=True, shared=self.shared_experts)
+
+    def forward_wide(self, x: Tensor, step: Step) -> Tensor:
+        """The same of more tokens than a tile has."""
+        (ids, weights), limit = self._route(x, step), self.config.swiglu_limit
+        y = self.ops.experts(x, ids, weights, self.experts, limit=limit, weigh_first=True, breathe=step.breathe)
+        return add_shared(self.ops, y, x, self.shared_experts, limit, step)
+
+    def _route(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         c, ops = self.config, self.ops
-        ids, weights = ops.route(
+        return ops.route(
             x,
             self.gate,
             scoring="sqrtsoftplus",
@@ -332,9 +356,6 @@ class MoE:
             bias=self.bias,
             chosen=None if self.tid2eid is None else ops.look_up(step.ids, self.tid2eid),
         )
-        one = fused(ops, step)
-        run = ops.experts if one is None else one.experts_apart  # which the merge adds up
-        return run(x, ids, weights, self.experts, limit=c.swiglu_limit, weigh_first=True, shared=self.shared_experts)
 
 
 def _check_table(table: Weight, num_experts: int) -> None:

@@ -272,10 +272,12 @@ class Ops(Protocol):
         limit: float | None,
         weigh_first: bool,
         shared: Experts | None = None,
+        breathe: Callable[[], None] | None = None,
     ) -> Tensor:
         """Sum over the chosen experts -> [n, d]; `limit` clamps as in spec 2.7, `weigh_first` weighs before w2.
 
-        With `shared`, a bank of one, the same as adding its `feed_forward`.
+        With `shared`, a bank of one, the same as adding its `feed_forward`. `breathe` is called now and then where it
+        takes long; what it raises ends it.
         """
 
     def feed_forward(self, x: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,8 @@ __all__ = ["experts", "feed_forward", "grouped_linear", "linear", "linear_each",
 
 _SLICE_NUMBERS = 1 << 24
 """Float32 numbers of scratch a call may take, 64 MiB; every slice of rows unpacks the weights again."""
+_PART_FLOPS = 80 * 10**9
+"""Of routed experts in one go: a third of a second on two cores."""
 
 _BF16 = 1
 _KERNEL_FORMATS = {F32.name: 0, BF16.name: _BF16, FP8_BLOCK.name: 2, FP8_BLOCK_F32.name: 3, MXFP4.name: 4}
@@ -174,15 +177,35 @@ def experts(
     limit: float | None,
     weigh_first: bool,
     shared: Experts | None = None,
+    breathe: Callable[[], None] | None = None,
     rounded: bool = False,
     isa: str | None = None,
 ) -> Tensor:
-    """One call per layer, tokens grouped by expert. `weigh_first` changes nothing but rounding: it is always so."""
+    """Tokens grouped by expert, in one call, or in some where they take long and there is somebody to `breathe`.
+
+    `weigh_first` changes nothing but rounding: it is always so.
+    """
     ready, beside = _bank(bank), None if shared is None else _bank(shared)
     if beside is not None and beside.addresses.shape[0] != 1:
         raise ValueError(f"shared: expected a bank of one expert, got {beside.addresses.shape[0]}")
     _check_ids(ids, ready.addresses.shape[0])
-    return _experts(x.contiguous(), ids.contiguous(), weights.contiguous(), ready, beside, limit, rounded, isa)
+    parts = None if breathe is None else _parts(ids, ready)
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    return _experts(x, ids, weights, ready, beside, limit, rounded, isa, parts, breathe)
+
+
+def _parts(ids: Tensor, bank: _Bank) -> list[tuple[int, int]]:
+    """Experts, first and behind the last, that take no longer together than a pass may go without a tick."""
+    num_experts = bank.addresses.shape[0]
+    most = max(1, _PART_FLOPS // (6 * bank.hidden * bank.inner))
+    counts = torch.bincount(ids.flatten(), minlength=num_experts).tolist()
+    parts, first, pairs = [], 0, 0
+    for expert, count in enumerate(counts):
+        if pairs and pairs + count > most:
+            parts.append((first, expert))
+            first, pairs = expert, 0
+        pairs += count
+    return [*parts, (first, num_experts)]
 
 
 class _SharedExpert(ctypes.Structure):
@@ -204,7 +227,10 @@ def _experts(
     limit: float | None,
     rounded: bool,
     isa: str | None,
+    parts: Sequence[tuple[int, int]] | None = None,
+    breathe: Callable[[], None] | None = None,
 ) -> Tensor:
+    """`parts` of the routed experts one after the other, all of them at once if None; the shared one with the last."""
     sizes = match(_EXPERTS, x, ids, weights)
     n, topk, num_experts = sizes["n"], sizes["topk"], bank.addresses.shape[0]
     if sizes["hidden"] != bank.hidden or (shared is not None and shared.hidden != bank.hidden):
@@ -222,13 +248,17 @@ def _experts(
             recorder.hold(beside)
     pairs = torch.empty(2 * n * topk + num_experts + n + 2, dtype=torch.int32)
     memory, slice_pairs = _scratch(n * topk, each, more)
-    _native._kernel("experts", isa)(
-        x.data_ptr(), ids.data_ptr(), weights.data_ptr(), bank.addresses.data_ptr(),
-        None if beside is None else ctypes.addressof(beside), out.data_ptr(), pairs.data_ptr(), memory.data_ptr(),
-        n, topk, num_experts, bank.hidden, bank.inner, slice_pairs,
-        _kernel_format(bank.gate_format, rounded), _kernel_format(bank.down_format, rounded),
-        math.inf if limit is None else limit, _native.num_threads(),
-    )  # fmt: skip
+    kernel, shared_address = _native._kernel("experts", isa), None if beside is None else ctypes.addressof(beside)
+    for first, last in parts or ((0, num_experts),):
+        kernel(
+            x.data_ptr(), ids.data_ptr(), weights.data_ptr(), bank.addresses.data_ptr(),
+            shared_address if last == num_experts else None, out.data_ptr(), pairs.data_ptr(), memory.data_ptr(),
+            n, topk, num_experts, first, last, bank.hidden, bank.inner, slice_pairs,
+            _kernel_format(bank.gate_format, rounded), _kernel_format(bank.down_format, rounded),
+            math.inf if limit is None else limit, _native.num_threads(),
+        )  # fmt: skip
+        if breathe is not None:
+            breathe()
     return out
 
 

@@ -10,7 +10,7 @@ at the end of a tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Literal
 
@@ -523,6 +523,7 @@ def experts(
     limit: float | None,
     weigh_first: bool,
     shared: Experts | None = None,
+    breathe: Callable[[], None] | None = None,
 ) -> Tensor:
     total = torch.zeros_like(x)
     for expert in ids.unique().tolist():
@@ -531,6 +532,8 @@ def experts(
         inner = _gated(x[token], bank.w1[expert], bank.w3[expert], limit)
         y = linear(inner * weight if weigh_first else inner, bank.w2[expert])
         total.index_add_(0, token, y if weigh_first else y * weight)
+        if breathe is not None:
+            breathe()
     if shared is not None:
         total = total + feed_forward(x, shared.w1[0], shared.w2[0], shared.w3[0], limit)
     return total

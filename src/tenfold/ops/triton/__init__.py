@@ -99,7 +99,16 @@ class Triton:
         """The weight as it is stored, on the device."""
         return _moved(weight, self.device)
 
-    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, bank: Experts, **words: Any) -> Tensor:
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        bank: Experts,
+        breathe: Callable[[], None] | None = None,
+        **words: Any,
+    ) -> Tensor:
+        """As in `Ops`; nothing here takes long."""
         self._seen(bank, ids)
         return experts.experts(x, ids, weights, bank, parts=self.parts, **words)
 
