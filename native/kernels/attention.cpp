@@ -46,26 +46,59 @@ __m128 horizontal_sums(const __m256* v) {
     return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
+// The vectors of the two loops over channels: as wide as the instruction set has them, all within a row's stride.
+#ifdef __AVX512VNNI__
+using Lanes = __m512;
+constexpr int64_t lanes = 16;
+constexpr int most_score_rows = 6, most_value_vectors = 6;  // 24 sums, in 32 registers
+Lanes zero_lanes() { return _mm512_setzero_ps(); }
+Lanes load_lanes(const float* from) { return _mm512_load_ps(from); }
+Lanes all_lanes(float value) { return _mm512_set1_ps(value); }
+void store_lanes(float* to, Lanes v) { _mm512_store_ps(to, v); }
+Lanes add_product(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(a, b, sum); }
+__m128 sums_of(const Lanes* v) {
+    __m256 halves[group];
+    for (int h = 0; h < group; ++h) {
+        halves[h] = _mm256_add_ps(_mm512_castps512_ps256(v[h]), _mm512_extractf32x8_ps(v[h], 1));
+    }
+    return horizontal_sums(halves);
+}
+#else
+using Lanes = __m256;
+constexpr int64_t lanes = 8;
+constexpr int most_score_rows = 3, most_value_vectors = 3;  // 12 sums, in 16 registers
+Lanes zero_lanes() { return _mm256_setzero_ps(); }
+Lanes load_lanes(const float* from) { return _mm256_load_ps(from); }
+Lanes all_lanes(float value) { return _mm256_set1_ps(value); }
+void store_lanes(float* to, Lanes v) { _mm256_store_ps(to, v); }
+Lanes add_product(Lanes a, Lanes b, Lanes sum) { return _mm256_fmadd_ps(a, b, sum); }
+__m128 sums_of(const Lanes* v) { return horizontal_sums(v); }
+#endif
+
 // scores[r][h] = row r . head h.
 template <int rows>
 void score_rows(const float* q, const float* k, int64_t stride, int64_t width, float* scores) {
-    __m256 sums[rows][group];
+    Lanes sums[rows][group];
     for (auto& row : sums) {
-        for (auto& sum : row) sum = _mm256_setzero_ps();
+        for (auto& sum : row) sum = zero_lanes();
     }
-    for (int64_t i = 0; i < width; i += 8) {
-        __m256 row[rows];
-        for (int r = 0; r < rows; ++r) row[r] = _mm256_load_ps(k + r * stride + i);
+    for (int64_t i = 0; i < width; i += lanes) {
+        Lanes row[rows];
+        for (int r = 0; r < rows; ++r) row[r] = load_lanes(k + r * stride + i);
         for (int h = 0; h < group; ++h) {
-            const __m256 head = _mm256_load_ps(q + h * stride + i);
-            for (int r = 0; r < rows; ++r) sums[r][h] = _mm256_fmadd_ps(head, row[r], sums[r][h]);
+            const Lanes head = load_lanes(q + h * stride + i);
+            for (int r = 0; r < rows; ++r) sums[r][h] = add_product(head, row[r], sums[r][h]);
         }
     }
-    for (int r = 0; r < rows; ++r) _mm_store_ps(scores + r * group, horizontal_sums(sums[r]));
+    for (int r = 0; r < rows; ++r) _mm_store_ps(scores + r * group, sums_of(sums[r]));
 }
 
 void score(const float* q, const float* k, int64_t rows, const Shape& s, float* scores) {
+    constexpr int most = most_score_rows;
     int64_t r = 0;
+    for (; r + most <= rows; r += most) {
+        score_rows<most>(q, k + r * s.row_stride, s.row_stride, s.width, scores + r * group);
+    }
     for (; r + 3 <= rows; r += 3) score_rows<3>(q, k + r * s.row_stride, s.row_stride, s.width, scores + r * group);
     for (; r < rows; ++r) score_rows<1>(q, k + r * s.row_stride, s.row_stride, s.width, scores + r * group);
 }
@@ -112,32 +145,34 @@ void to_shares(float* scores, int64_t rows, const float* top, float* total) {
     _mm_storeu_ps(total, sums);
 }
 
-// values[h][0 .. 8 vectors) += sum over rows of shares[r][h] * v[r].
+// values[h][0 .. lanes * vectors) += sum over rows of shares[r][h] * v[r].
 template <int vectors>
 void add_values(const float* shares, const float* v, int64_t rows, const Shape& s, float* values) {
-    __m256 sums[group][vectors];
+    Lanes sums[group][vectors];
     for (int h = 0; h < group; ++h) {
-        for (int i = 0; i < vectors; ++i) sums[h][i] = _mm256_load_ps(values + h * s.value_stride + 8 * i);
+        for (int i = 0; i < vectors; ++i) sums[h][i] = load_lanes(values + h * s.value_stride + lanes * i);
     }
     for (int64_t r = 0; r < rows; ++r) {
-        __m256 row[vectors];
-        for (int i = 0; i < vectors; ++i) row[i] = _mm256_load_ps(v + r * s.row_stride + 8 * i);
+        Lanes row[vectors];
+        for (int i = 0; i < vectors; ++i) row[i] = load_lanes(v + r * s.row_stride + lanes * i);
         for (int h = 0; h < group; ++h) {
-            const __m256 weight = _mm256_broadcast_ss(shares + r * group + h);
-            for (int i = 0; i < vectors; ++i) sums[h][i] = _mm256_fmadd_ps(weight, row[i], sums[h][i]);
+            const Lanes weight = all_lanes(shares[r * group + h]);
+            for (int i = 0; i < vectors; ++i) sums[h][i] = add_product(weight, row[i], sums[h][i]);
         }
     }
     for (int h = 0; h < group; ++h) {
-        for (int i = 0; i < vectors; ++i) _mm256_store_ps(values + h * s.value_stride + 8 * i, sums[h][i]);
+        for (int i = 0; i < vectors; ++i) store_lanes(values + h * s.value_stride + lanes * i, sums[h][i]);
     }
 }
 
-constexpr int64_t value_tile = 24;
+constexpr int64_t value_tile = most_value_vectors * lanes;
 
+template <int vectors = most_value_vectors>
 void add_value_tile(const float* shares, const float* v, int64_t rows, const Shape& s, int64_t count, float* values) {
-    if (count > 16) add_values<3>(shares, v, rows, s, values);
-    else if (count > 8) add_values<2>(shares, v, rows, s, values);
-    else add_values<1>(shares, v, rows, s, values);
+    if constexpr (vectors > 1) {
+        if (count <= (vectors - 1) * lanes) return add_value_tile<vectors - 1>(shares, v, rows, s, count, values);
+    }
+    add_values<vectors>(shares, v, rows, s, values);
 }
 
 void multiply(float* x, int64_t count, float factor) {
