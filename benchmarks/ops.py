@@ -3,9 +3,10 @@
     python benchmarks/ops.py [WORD ...] [--peers FOLDER]
 
 Takes the cases whose name ("v4-flash linear attn.wo_b fp8 n=64") holds each WORD. Contenders of a case alternate in
-one process: tenfold with float32 and with int8 activations, torch's float32 products on weights already unpacked, and
-with --peers ggml, whose libraries are in FOLDER, the folder llama_cpp/lib of an installed llama-cpp-python. Each has
-to give the true result first: float64 for products, else the reference.
+one process: tenfold with float32 activations and with int8 ones (those that meet FP8 and bf16, with AMX, as two bf16
+numbers each), torch's float32 products on weights already unpacked, and with --peers ggml, whose libraries are in
+FOLDER, the folder llama_cpp/lib of an installed llama-cpp-python. Each has to give the true result first: float64 for
+products, else the reference.
 
 A row of benchmarks/results/ops.csv is one contender: p20, p50 and p80 of its runs; the bytes it reads and what it
 computes, per second; the share of the limit that binds it, which is reading its bytes (at the pace at which a plain

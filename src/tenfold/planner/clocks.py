@@ -6,6 +6,7 @@ Both answer the same questions. Knows nothing of money.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,7 +83,7 @@ class LocalClock:
         layers = self.anatomy.layers
         found = {
             "memory bandwidth": reading,
-            "compute": roofline_seconds(work, peaks) - reading + self._keys_s(position, num_tokens),
+            "compute": roofline_seconds(work, peaks) - reading + self._keys_s(position, num_tokens, work),
             "fixed cost of layers": layers * self.measured.layer_floor_s
             + num_tokens * layers * self.channels / 1000 * self.measured.token_floor_s,
         }
@@ -92,15 +93,18 @@ class LocalClock:
             found["disk"] = self.streamed_share * routed / disk
         return found
 
-    def _keys_s(self, position: int, num_tokens: int) -> float:
-        """What index keys take beyond their scores."""
+    def _keys_s(self, position: int, num_tokens: int, work: Sequence[Work]) -> float:
+        """What index keys take beyond their scores, and beyond being read where that is longer: both go on at once."""
         seconds = 0.0
         for kind in self.anatomy.attention:
             if kind.index_heads:
                 shared = index_tile(num_tokens, kind.index_heads, self.measured.threads)
                 keys = kind.layers * kind.keys_between(position, position + num_tokens)
                 seconds += keys * (self.measured.key_floor_s + self.measured.key_tile_s / shared)
-        return seconds
+        peaks, scores = self.measured.peaks, [one for one in work if one.component == "indexer_score"]
+        read_s = sum(one.bytes_read for one in scores) / peaks.read_bytes_per_s
+        scored_s = sum(one.flops / peaks.of(one.precision) for one in scores)
+        return max(0.0, seconds - max(0.0, read_s - scored_s))
 
     def decode_s(self, context: int) -> float:
         return sum(self._step_s(context - 1, 1).values())
