@@ -200,15 +200,16 @@ def _residual_bytes(config: ModelConfig, tokens: int) -> int:
 
 def _wide_tokens(config: ModelConfig, need: Need, free_bytes: int, on_gpu: bool) -> int:
     """Tokens that go through the experts at a time: each is read once for all of its tokens, and multiplies many rows
-    faster than few. As many as fit in what a tile takes anyway and in what is free; more than some rows each bring
-    nothing."""
+    faster than few. As many as fit in what a tile takes anyway and in what is free, and as one expert is done with
+    under a second, if all choose it; more than some rows each bring nothing."""
     if on_gpu:
         return need.tile_tokens
     tile, chunk = need.tile_tokens, need.chunk_tokens
     useful = min(chunk, _MANY_EXPERT_ROWS * config.n_routed_experts // config.num_experts_per_tok)
     room = _tile_bytes(config, tile) + max(0, free_bytes)
+    patient = int(_PATIENCE_S * _TOKENS_PER_S_FLOPS / (6 * config.hidden_size * config.moe_intermediate_size))
     wide = tile
-    while wide < useful and _wide_bytes(config, wide + tile) <= room:
+    while wide < useful and wide + tile <= patient and _wide_bytes(config, wide + tile) <= room:
         wide += tile
     parts = -(-chunk // wide)
     return min(wide, -(-chunk // parts // tile) * tile)

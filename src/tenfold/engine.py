@@ -236,7 +236,7 @@ class Engine:
             spans=tuple(spans),
             wanted=None if every else last.to(device),
             tile_tokens=shared_tile_tokens(session.need for session in batch),
-            wide_tokens=sum(session.need.wide_tokens for session in batch),
+            wide_tokens=max(session.need.wide_tokens for session in batch),
             pace=None if tick is None else Pace(tick),
             swiftness=_GPU_SWIFTNESS if device.type == "cuda" else 1,
         )
