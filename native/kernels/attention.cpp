@@ -6,6 +6,7 @@
 // share a tile and which thread does what leave no trace in the result, to the last bit.
 #include "decode_row.hpp"
 #include "kernels.hpp"
+#include "lanes.hpp"
 #include "row_parts.hpp"
 #include "scratch.hpp"
 
@@ -46,47 +47,31 @@ __m128 horizontal_sums(const __m256* v) {
     return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
-// The vectors of the two loops over channels: as wide as the instruction set has them, all within a row's stride.
-#ifdef __AVX512VNNI__
-using Lanes = __m512;
-constexpr int64_t lanes = 16;
-constexpr int most_score_rows = 6, most_value_vectors = 6;  // 24 sums, in 32 registers
-Lanes zero_lanes() { return _mm512_setzero_ps(); }
-Lanes load_lanes(const float* from) { return _mm512_load_ps(from); }
-Lanes all_lanes(float value) { return _mm512_set1_ps(value); }
-void store_lanes(float* to, Lanes v) { _mm512_store_ps(to, v); }
-Lanes add_product(Lanes a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(a, b, sum); }
-__m128 sums_of(const Lanes* v) {
-    __m256 halves[group];
+// The two loops over channels take vectors as wide as there are, all within a row's stride.
+constexpr int64_t lanes = 8 * kSide;
+constexpr int most_score_rows = 3 * kSide, most_value_vectors = 3 * kSide;  // 12 or 24 sums, in 16 or 32 registers
+
+__m128 sums_of(const Floats* v) {
+    __m256 eights[group];
     for (int h = 0; h < group; ++h) {
-        halves[h] = _mm256_add_ps(_mm512_castps512_ps256(v[h]), _mm512_extractf32x8_ps(v[h], 1));
+        eights[h] = row_of(v[h], 0);
+        if (kSide == 2) eights[h] = _mm256_add_ps(eights[h], row_of(v[h], 1));
     }
-    return horizontal_sums(halves);
+    return horizontal_sums(eights);
 }
-#else
-using Lanes = __m256;
-constexpr int64_t lanes = 8;
-constexpr int most_score_rows = 3, most_value_vectors = 3;  // 12 sums, in 16 registers
-Lanes zero_lanes() { return _mm256_setzero_ps(); }
-Lanes load_lanes(const float* from) { return _mm256_load_ps(from); }
-Lanes all_lanes(float value) { return _mm256_set1_ps(value); }
-void store_lanes(float* to, Lanes v) { _mm256_store_ps(to, v); }
-Lanes add_product(Lanes a, Lanes b, Lanes sum) { return _mm256_fmadd_ps(a, b, sum); }
-__m128 sums_of(const Lanes* v) { return horizontal_sums(v); }
-#endif
 
 // scores[r][h] = row r . head h.
 template <int rows>
 void score_rows(const float* q, const float* k, int64_t stride, int64_t width, float* scores) {
-    Lanes sums[rows][group];
+    Floats sums[rows][group];
     for (auto& row : sums) {
-        for (auto& sum : row) sum = zero_lanes();
+        for (auto& sum : row) sum = no_floats();
     }
     for (int64_t i = 0; i < width; i += lanes) {
-        Lanes row[rows];
-        for (int r = 0; r < rows; ++r) row[r] = load_lanes(k + r * stride + i);
+        Floats row[rows];
+        for (int r = 0; r < rows; ++r) row[r] = load(k + r * stride + i);
         for (int h = 0; h < group; ++h) {
-            const Lanes head = load_lanes(q + h * stride + i);
+            const Floats head = load(q + h * stride + i);
             for (int r = 0; r < rows; ++r) sums[r][h] = add_product(head, row[r], sums[r][h]);
         }
     }
@@ -148,20 +133,20 @@ void to_shares(float* scores, int64_t rows, const float* top, float* total) {
 // values[h][0 .. lanes * vectors) += sum over rows of shares[r][h] * v[r].
 template <int vectors>
 void add_values(const float* shares, const float* v, int64_t rows, const Shape& s, float* values) {
-    Lanes sums[group][vectors];
+    Floats sums[group][vectors];
     for (int h = 0; h < group; ++h) {
-        for (int i = 0; i < vectors; ++i) sums[h][i] = load_lanes(values + h * s.value_stride + lanes * i);
+        for (int i = 0; i < vectors; ++i) sums[h][i] = load(values + h * s.value_stride + lanes * i);
     }
     for (int64_t r = 0; r < rows; ++r) {
-        Lanes row[vectors];
-        for (int i = 0; i < vectors; ++i) row[i] = load_lanes(v + r * s.row_stride + lanes * i);
+        Floats row[vectors];
+        for (int i = 0; i < vectors; ++i) row[i] = load(v + r * s.row_stride + lanes * i);
         for (int h = 0; h < group; ++h) {
-            const Lanes weight = all_lanes(shares[r * group + h]);
+            const Floats weight = all_floats(shares[r * group + h]);
             for (int i = 0; i < vectors; ++i) sums[h][i] = add_product(weight, row[i], sums[h][i]);
         }
     }
     for (int h = 0; h < group; ++h) {
-        for (int i = 0; i < vectors; ++i) store_lanes(values + h * s.value_stride + lanes * i, sums[h][i]);
+        for (int i = 0; i < vectors; ++i) store(values + h * s.value_stride + lanes * i, sums[h][i]);
     }
 }
 

@@ -51,6 +51,8 @@ using Ints = __m512i;
 inline Floats no_floats() { return _mm512_setzero_ps(); }
 inline Ints no_ints() { return _mm512_setzero_si512(); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline Floats all_floats(float value) { return _mm512_set1_ps(value); }
+inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
 
 // Eight numbers, or 32 bytes, beside each row; 16 bytes beside each half of a row.
 inline Floats spread(const float* from) {
@@ -89,6 +91,8 @@ using Ints = __m256i;
 inline Floats no_floats() { return _mm256_setzero_ps(); }
 inline Ints no_ints() { return _mm256_setzero_si256(); }
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
+inline Floats all_floats(float value) { return _mm256_set1_ps(value); }
+inline void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
 inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
 
 // From memory: sixteen registers hold sums and weights, and loaded beforehand x would drive the sums out of them.
