@@ -4,11 +4,10 @@
 // queries of a tile. Scores are in units of log2, and the reference point of the running softmax is an integer:
 // changing it multiplies by a power of two, which rounds nothing. So how rows fall into blocks, which queries
 // share a tile and which thread does what leave no trace in the result, to the last bit.
-#include "decode_row.hpp"
+#include "attention_amx.hpp"
+#include "attention_parts.hpp"
 #include "kernels.hpp"
 #include "lanes.hpp"
-#include "row_parts.hpp"
-#include "scratch.hpp"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
@@ -16,15 +15,9 @@ namespace {
 constexpr int64_t block_rows = 48;   // decoded rows of 512 channels: 100 KB, within the second-level cache
 constexpr int64_t strip_rows = 12;   // of them, what is scored at a time: 25 KB, within the first
 constexpr int64_t group = 4;         // heads that go through the inner loops together
-constexpr float nothing = -1e9F;     // reference point before the first row
-constexpr float log2_e = 1.44269504088896341F;
-
-// 2^x for x within +-1/2, highest power first; relative error 1e-8 (Cephes).
-constexpr float exp2_terms[7] = {1.535336188319500e-4F, 1.339887440266574e-3F, 9.618437357674640e-3F,
-                                 5.550332471162809e-2F, 2.402264791363012e-1F, 6.931472028550421e-1F, 1.0F};
 
 struct Shape {
-    int64_t heads, width, value_dim;
+    int64_t width, value_dim;
     int64_t row_stride;    // floats from one decoded row, or query head, to the next; behind `width` are zeros
     int64_t value_stride;  // floats from one head's output to the next
 };
@@ -216,24 +209,6 @@ void multiply(float* x, int64_t count, float factor) {
 
 // ------------------------------------------------------------------------------------------ a query and a block
 
-// Gathered rows lie anywhere in memory: those of the next block are asked for while this one is computed, a few
-// cache lines at a time, since more at once than the core can have under way would stop it.
-struct Ahead {
-    const Rows& rows;
-    const int32_t* index;  // the next block's rows
-    int64_t count;
-    int64_t lines = (rows.layout.row_bytes + 127) / 64;  // a row may start within a line
-    int64_t asked = 0;
-
-    void ask(int64_t some) {
-        for (; some > 0 && asked < count * lines; --some, ++asked) {
-            const uint8_t* const row = rows.packed + index[asked / lines] * rows.layout.row_bytes;
-            const int64_t at = asked % lines * 64, last = rows.layout.row_bytes - 1;
-            __builtin_prefetch(row + (at < last ? at : last));
-        }
-    }
-};
-
 // Moves the reference points of four heads up to the largest score, and with them what was summed so far.
 void raise_tops(const float* scores, int64_t rows, const Query& query, int64_t head, const Shape& s) {
     float largest[group];
@@ -259,14 +234,15 @@ void raise_tops(const float* scores, int64_t rows, const Query& query, int64_t h
 }
 
 // All heads of a query against `rows` decoded rows; `scores` holds [heads / 4][block_rows][4].
+template <class RowAt>
 void attend_block(const Query& query, int64_t heads, const float* k, int64_t rows, const Shape& s, float* scores,
-                  Ahead* ahead) {
-    const int64_t steps = heads / group * ((rows + strip_rows - 1) / strip_rows);
-    const int64_t each = ahead == nullptr ? 0 : (ahead->count * ahead->lines + steps - 1) / steps;
+                  Ahead<RowAt> ahead) {
+    const int64_t steps = heads / group * divided(rows, strip_rows);
+    const int64_t each = divided(ahead.count * ahead.lines, steps);
     for (int64_t r = 0; r < rows; r += strip_rows) {
         const int64_t count = rows - r < strip_rows ? rows - r : strip_rows;
         for (int64_t head = 0; head < heads; head += group) {
-            if (ahead != nullptr) ahead->ask(each);
+            ahead.ask(each);
             float* const of_strip = scores + head * block_rows + r * group;
             score(query.q + head * s.row_stride, k + r * s.row_stride, count, s, of_strip);
         }
@@ -287,70 +263,60 @@ void attend_block(const Query& query, int64_t heads, const float* k, int64_t row
 
 // ------------------------------------------------------------------------------------------ a tile of queries
 
-// What a call is made of, and its split into tasks: tiles of queries times ranges of heads.
-struct Call {
-    const float* q;
-    const Rows* sources;
-    int64_t num_sources;
-    const float* sink;
-    const float* frequencies;
-    float* out;
-    int64_t n;
-    int64_t position, pairs;
-    float scale;
-    Shape shape;
-    int64_t tile, tiles, head_parts, part_heads;
-};
-
 struct Worker {
+    const Attention& call;
+    Shape shape;
     float *k, *scores, *q, *values, *top, *total;
-    const Call& call;
 
-    static int64_t bytes(const Call& c) {
-        const int64_t heads = c.tile * c.part_heads;
-        return Scratch::bytes_of<float>(block_rows * c.shape.row_stride) +
-               Scratch::bytes_of<float>(block_rows * c.part_heads) +
-               Scratch::bytes_of<float>(heads * c.shape.row_stride) +
-               Scratch::bytes_of<float>(heads * c.shape.value_stride) + 2 * Scratch::bytes_of<float>(heads);
+    static Shape shape_of(const Attention& c) {
+        return {c.width, c.value_dim, padded_stride(c.width), padded_stride(c.value_dim)};
     }
 
-    Worker(Scratch& scratch, const Call& c)
-        : k(scratch.take<float>(block_rows * c.shape.row_stride)),
+    static int64_t bytes(const Attention& c) {
+        const Shape s = shape_of(c);
+        const int64_t heads = c.tile * c.part_heads;
+        return Scratch::bytes_of<float>(block_rows * s.row_stride) + Scratch::bytes_of<float>(block_rows * c.part_heads) +
+               Scratch::bytes_of<float>(heads * s.row_stride) + Scratch::bytes_of<float>(heads * s.value_stride) +
+               2 * Scratch::bytes_of<float>(heads);
+    }
+
+    Worker(Scratch& scratch, const Attention& c)
+        : call(c),
+          shape(shape_of(c)),
+          k(scratch.take<float>(block_rows * shape.row_stride)),
           scores(scratch.take<float>(block_rows * c.part_heads)),
-          q(scratch.take<float>(c.tile * c.part_heads * c.shape.row_stride)),
-          values(scratch.take<float>(c.tile * c.part_heads * c.shape.value_stride)),
+          q(scratch.take<float>(c.tile * c.part_heads * shape.row_stride)),
+          values(scratch.take<float>(c.tile * c.part_heads * shape.value_stride)),
           top(scratch.take<float>(c.tile * c.part_heads)),
-          total(scratch.take<float>(c.tile * c.part_heads)),
-          call(c) {}
+          total(scratch.take<float>(c.tile * c.part_heads)) {}
 
     Query query(int64_t i) const {
         const int64_t head = i * call.part_heads;
-        return {q + head * call.shape.row_stride, values + head * call.shape.value_stride, top + head, total + head};
+        return {q + head * shape.row_stride, values + head * shape.value_stride, top + head, total + head};
     }
 
     void run(int64_t task) const {
-        const int64_t first = task / call.head_parts * call.tile;
-        const int64_t count = call.n - first < call.tile ? call.n - first : call.tile;
-        const int64_t first_head = task % call.head_parts * call.part_heads;
-        const int64_t rest = call.shape.heads - first_head;
-        const int64_t heads = rest < call.part_heads ? rest : call.part_heads;
-        for (int64_t i = 0; i < count; ++i) begin(query(i), first + i, first_head, heads);
+        const Part part(call, task);
+        for (int64_t i = 0; i < part.count; ++i) begin(query(i), part.first + i, part.first_head, part.heads);
         for (int64_t source = 0; source < call.num_sources; ++source) {
             const Rows& rows = call.sources[source];
-            if (rows.columns < 0) attend_range(rows, first, count, heads);
-            else for (int64_t i = 0; i < count; ++i) attend_list(rows, first + i, query(i), heads);
+            if (rows.columns < 0) {
+                attend_range(rows, part.first, part.count, part.heads);
+                continue;
+            }
+            for (int64_t i = 0; i < part.count; ++i) attend_list(rows, part.first + i, query(i), part.heads);
         }
-        for (int64_t i = 0; i < count; ++i) finish(query(i), first + i, first_head, heads);
+        for (int64_t i = 0; i < part.count; ++i) finish(query(i), part.first + i, part.first_head, part.heads);
     }
 
     // Heads behind the last one stay zero: they fill the last group of four.
     void begin(const Query& to, int64_t row, int64_t first_head, int64_t heads) const {
-        const Shape& s = call.shape;
+        const Shape& s = shape;
         const float scale = call.scale * log2_e;
         __builtin_memset(to.values, 0, static_cast<uint64_t>(call.part_heads * s.value_stride) * 4);
         __builtin_memset(to.q, 0, static_cast<uint64_t>(call.part_heads * s.row_stride) * 4);
         for (int64_t h = 0; h < heads; ++h) {
-            const float* const from = call.q + (row * s.heads + first_head + h) * s.width;
+            const float* const from = call.q + (row * call.heads + first_head + h) * s.width;
             for (int64_t i = 0; i < s.width; ++i) to.q[h * s.row_stride + i] = from[i] * scale;
         }
         for (int64_t h = 0; h < call.part_heads; ++h) {
@@ -369,6 +335,7 @@ struct Worker {
         int64_t low = rows.start[first], high = rows.stop[first];
         const int64_t row_bytes = rows.layout.row_bytes;
         const uint8_t* const end = rows.packed + rows.num_rows * row_bytes;
+        const auto in_order = [](int64_t) -> const uint8_t* { return nullptr; };
         for (int64_t i = 1; i < count; ++i) {
             if (rows.start[first + i] < low) low = rows.start[first + i];
             if (rows.stop[first + i] > high) high = rows.stop[first + i];
@@ -378,14 +345,15 @@ struct Worker {
             for (int64_t row = from; row < to; ++row) {
                 const uint8_t* const packed = rows.packed + row * row_bytes;
                 if (row + block_rows < high) ask_for(packed + block_rows * row_bytes, row_bytes, end);
-                decode_row(packed, rows.layout, k + (row - from) * call.shape.row_stride);
+                decode_row(packed, rows.layout, k + (row - from) * shape.row_stride);
             }
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t start = rows.start[first + i] > from ? rows.start[first + i] : from;
                 const int64_t stop = rows.stop[first + i] < to ? rows.stop[first + i] : to;
                 if (start >= stop) continue;
-                const float* const seen = k + (start - from) * call.shape.row_stride;
-                attend_block(query(i), round_up(heads, group), seen, stop - start, call.shape, scores, nullptr);
+                const float* const seen = k + (start - from) * shape.row_stride;
+                attend_block(query(i), round_up(heads, group), seen, stop - start, shape, scores,
+                             Ahead<decltype(in_order)>{in_order, row_bytes, 0});
             }
         }
     }
@@ -394,24 +362,27 @@ struct Worker {
         const int32_t* const index = rows.index + row * rows.columns;
         int64_t used = 0;
         while (used < rows.columns && index[used] >= 0) ++used;
-        Ahead{rows, index, used < block_rows ? used : block_rows}.ask(block_rows);
+        const auto asking = [&](int64_t from) {  // for the rows of a block
+            const auto row_at = [=](int64_t i) { return rows.packed + index[from + i] * rows.layout.row_bytes; };
+            const int64_t rest = used - from;
+            return Ahead<decltype(row_at)>{row_at, rows.layout.row_bytes, rest < block_rows ? rest : block_rows};
+        };
+        asking(0).ask(block_rows);
         for (int64_t from = 0; from < used; from += block_rows) {
-            const int64_t rest = used - from, count = rest < block_rows ? rest : block_rows, more = rest - count;
+            const int64_t rest = used - from, count = rest < block_rows ? rest : block_rows;
             for (int64_t i = 0; i < count; ++i) {
-                decode_row(rows.packed + index[from + i] * rows.layout.row_bytes, rows.layout,
-                           k + i * call.shape.row_stride);
+                decode_row(rows.packed + index[from + i] * rows.layout.row_bytes, rows.layout, k + i * shape.row_stride);
             }
-            Ahead ahead{rows, index + from + count, more < block_rows ? more : block_rows};
-            attend_block(to, round_up(heads, group), k, count, call.shape, scores, &ahead);
+            attend_block(to, round_up(heads, group), k, count, shape, scores, asking(from + count));
         }
     }
 
     void finish(const Query& from, int64_t row, int64_t first_head, int64_t heads) const {
-        const Shape& s = call.shape;
+        const Shape& s = shape;
         float cos[most_pairs], sin[most_pairs];
         turn(call.position + row, call.frequencies, call.pairs, -1.0F, cos, sin);
         for (int64_t h = 0; h < heads; ++h) {
-            float* const to = call.out + (row * s.heads + first_head + h) * s.value_dim;
+            float* const to = call.out + (row * call.heads + first_head + h) * s.value_dim;
             for (int64_t i = 0; i < s.value_dim; ++i) to[i] = from.values[h * s.value_stride + i] / from.total[h];
             float* const tail = to + s.value_dim - 2 * call.pairs;
             rotate_row(tail, cos, sin, call.pairs, true, tail);
@@ -442,18 +413,29 @@ int64_t count_rows(const Rows& rows, int64_t n) {
     return count;
 }
 
-int64_t divided(int64_t value, int64_t by) { return (value + by - 1) / by; }
+// Few heads: more queries in a tile, so that a row is decoded for some 64 heads.
+int64_t queries_together(int64_t heads) { return heads >= 64 ? 1 : 64 / heads; }
 
-// Few heads: more queries in a tile, so that a row is decoded for some 64 heads. Few tiles: heads are split too.
-void split_tasks(Call& call, int32_t threads) {
-    const int64_t heads = round_up(call.shape.heads, group);
-    const int64_t shared = heads >= 64 ? 1 : 64 / heads, share_each = divided(call.n, threads);
-    call.tile = shared < share_each ? shared : share_each;
-    call.tiles = divided(call.n, call.tile);
-    const int64_t parts = call.tiles < 2 * threads ? threads : 1;
-    call.part_heads = round_up(divided(heads, parts), group);
-    call.head_parts = divided(heads, call.part_heads);
+template <class Worker>
+void run_tasks(const Attention& call, int32_t threads) {
+    share_tasks(call.tiles * call.head_parts, threads, [&call](const auto& next) {
+        Scratch scratch(Worker::bytes(call));
+        const Worker worker(scratch, call);
+        for (int64_t task = next(); task >= 0; task = next()) worker.run(task);
+    });
 }
+
+#ifdef __AMX_BF16__
+
+bool suits_tiles(const Attention& call) {
+    for (int64_t i = 0; i < call.num_sources; ++i) {
+        const RowLayout &layout = call.sources[i].layout, &first = call.sources[0].layout;
+        if (!suits_tiles(layout) || __builtin_memcmp(&layout, &first, sizeof first) != 0) return false;
+    }
+    return call.num_sources > 0;
+}
+
+#endif
 
 }  // namespace
 
@@ -470,14 +452,15 @@ void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, 
     }
     if (n == 0 || heads == 0) return;
     if (rows * heads * width < 1 << 17) threads = 1;  // some 5 us: not worth a fork
-    const Shape shape{heads, width, value_dim, padded_stride(width), padded_stride(value_dim)};
-    Call call{q, sources, num_sources, sink, frequencies, out, n, position, pairs, scale, shape, 0, 0, 0, 0};
-    split_tasks(call, threads);
-    share_tasks(call.tiles * call.head_parts, threads, [&call](const auto& next) {
-        Scratch scratch(Worker::bytes(call));
-        const Worker worker(scratch, call);
-        for (int64_t task = next(); task >= 0; task = next()) worker.run(task);
-    });
+    Attention call{q, sources, num_sources, sink, frequencies, out, n, heads, width, value_dim, position, pairs, scale};
+#ifdef __AMX_BF16__
+    if (suits_tiles(call)) {
+        split_tasks(call, queries_of_tiles(heads), kTileSide, threads);
+        return run_tasks<TileWorker>(call, threads);
+    }
+#endif
+    split_tasks(call, queries_together(round_up(heads, group)), group, threads);
+    run_tasks<Worker>(call, threads);
 }
 
 }  // namespace tenfold::TENFOLD_ISA

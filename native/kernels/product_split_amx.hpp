@@ -37,39 +37,6 @@ struct SplitPanel {
     alignas(64) float scales[kPanelScales][kSplitSide];
 };
 
-// The two bytes of each e4m3 number in bf16, by its code without the sign.
-struct E4m3Bytes {
-    alignas(64) uint8_t lower[128], upper[128];
-};
-
-constexpr E4m3Bytes make_e4m3_bytes() {
-    E4m3Bytes bytes{};
-    for (int code = 1; code < 128; ++code) {
-        int exponent = code >> 3, mantissa = code & 7;
-        if (exponent == 0) {  // subnormal there, not here
-            for (exponent = 1; (mantissa & 8) == 0; --exponent) mantissa *= 2;
-        }
-        const int bits = code == 127 ? 0x7FC0 : (exponent + 120) << 7 | (mantissa & 7) << 4;
-        bytes.lower[code] = static_cast<uint8_t>(bits & 255);
-        bytes.upper[code] = static_cast<uint8_t>(bits >> 8);
-    }
-    return bytes;
-}
-
-constexpr E4m3Bytes kE4m3 = make_e4m3_bytes();
-
-// The numbers of codes at even places, and of those at odd ones.
-inline __attribute__((always_inline)) void unpack_e4m3(__m512i codes, __m512i& even, __m512i& odd) {
-    const __m512i* const lower = reinterpret_cast<const __m512i*>(kE4m3.lower);
-    const __m512i* const upper = reinterpret_cast<const __m512i*>(kE4m3.upper);
-    const __m512i low = _mm512_permutex2var_epi8(lower[0], codes, lower[1]);
-    const __m512i size = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);
-    const __m512i high = _mm512_or_si512(size, _mm512_and_si512(codes, _mm512_set1_epi8(-128)));
-    const __m512i mask = _mm512_set1_epi16(255);
-    even = _mm512_or_si512(_mm512_and_si512(low, mask), _mm512_slli_epi16(high, 8));
-    odd = _mm512_or_si512(_mm512_srli_epi16(low, 8), _mm512_andnot_si512(mask, high));
-}
-
 // The columns of a line of 64 bytes of a row in the order of its steps, and how that line becomes rows of tiles.
 template <class Scale>
 struct Fp8Split {
@@ -143,27 +110,6 @@ inline const uint16_t* split_row(const Product& p, int64_t i, int64_t step) {
     return split_row(const_cast<float*>(p.panels), p.panel_rows, p.first_row + i, step, 0);
 }
 
-// The nearest bf16 numbers, even ones of two, in the upper halves.
-inline __m512i nearest_bf16(__m512i bits) {
-    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7FFF));
-}
-
-// The parts of sixteen numbers; what is not finite is all in the first, and the largest are not rounded to infinity.
-inline void split_numbers(__m512 x, uint16_t* upper, uint16_t* rest) {
-    const __m512i bits = _mm512_castps_si512(x), sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000));
-    const __m512i infinity = _mm512_set1_epi32(0x7F800000), size = _mm512_andnot_si512(sign, bits);
-    const __mmask16 finite = _mm512_cmplt_epi32_mask(size, infinity), nan = _mm512_cmpgt_epi32_mask(size, infinity);
-    const __m512i nearest = nearest_bf16(bits);
-    const __mmask16 fits = _mm512_cmplt_epi32_mask(_mm512_andnot_si512(sign, nearest), infinity);
-    __m512i first = _mm512_srli_epi32(_mm512_mask_mov_epi32(bits, fits & finite, nearest), 16);
-    first = _mm512_mask_set1_epi32(first, nan, 0x7FC0);
-    const __m512 left = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)));
-    const __m512i second = _mm512_srli_epi32(nearest_bf16(_mm512_castps_si512(left)), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper), _mm512_cvtepi32_epi16(first));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), _mm512_cvtepi32_epi16(second));
-}
-
 template <class Weights>
 void pack_row_split(const float* x, int64_t in, void* panels, int64_t panel_rows, int64_t row) {
     for (int64_t k = 0; k < in; k += Weights::kLine) {
@@ -202,22 +148,6 @@ struct SplitRows {
         return _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, at[r] + offset);
     }
 };
-
-// The i-th four bytes of each row from the i-th lines: v[i] has them row after row.
-inline __attribute__((always_inline)) void transpose_lines(__m512i (&v)[16]) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) transpose_quads(v + i);  // v[i + j]: fours j, j + 4, ... of rows i to i + 3
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {  // now whole quarters change places
-        const __m512i a = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88), b = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xDD);
-        const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xDD);
-        v[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        v[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        v[j + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        v[j + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
-    }
-}
 
 // Tiles of pairs of columns of all rows, pair after pair. The panel behind this one is asked for.
 template <class Weights>

@@ -1,0 +1,577 @@
+// Attention over e4m3 rows with scales that are powers of two, by the tiles of AMX.
+//
+// Such rows are bf16 numbers as they are. Queries and shares are taken as two bf16 numbers each, as activations are in
+// the products, which leaves 2^-17 of them. The rows a query sees, of all its sources, are counted through and taken in
+// steps of 32, each one instruction's sums; so which rows lie together is the query's own affair, and neither its company
+// nor where a chunk of the text begins leaves a trace. Blocks of four steps are decoded twice, row by row for the scores
+// and in pairs of rows for the values, and a block that the queries of a tile have in common is decoded once.
+#pragma once
+
+#ifdef __AMX_BF16__
+
+#include "amx.hpp"
+#include "attention_parts.hpp"
+#include "product_parts.hpp"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int64_t kTileSide = 16;  // rows of a tile: heads, rows of keys, or pairs of channels
+constexpr int64_t kTile = 1024;    // its bytes
+constexpr int64_t kTileFloats = 256;
+constexpr int64_t kMostTile = 64;      // queries of a task
+constexpr int64_t kAskAtFirst = 16;    // rows of which the first line is asked for before anything else
+constexpr int64_t kStepRows = 32, kBlockSteps = 4, kBlockRows = kStepRows * kBlockSteps;
+constexpr int64_t kCodesTogether = 64;  // under one scale; even ones make one step of channels, odd ones the next
+
+// Rows that tiles can take.
+inline bool suits_tiles(const RowLayout& l) {
+    return l.code_bits == 8 && l.scale_bytes == 1 && l.block == kCodesTogether && l.coded % kCodesTogether == 0 &&
+           l.plain % kStepRows == 0;
+}
+
+// Queries of a task: what they have in common is decoded once, and together they stay in the second cache.
+inline int64_t queries_of_tiles(int64_t heads) {
+    const int64_t tiles = divided(heads, kTileSide);
+    return tiles >= 8 ? 1 : 8 / tiles;
+}
+
+// Packed rows of one query, one after the other whatever source they are from.
+struct Block {
+    int64_t query = 0, count = 0;
+    const uint8_t* rows[kBlockRows] = {};
+
+    bool has_rows_of(const Block& other) const {
+        return count == other.count && __builtin_memcmp(rows, other.rows, static_cast<uint64_t>(count) * 8) == 0;
+    }
+};
+
+// The blocks of a tile's queries: the first of each, then the second of each.
+class Blocks {
+public:
+    Blocks(const Attention& call, const Part& part, int64_t* sources, int64_t* rows)
+        : call_(call), part_(part), source_(sources), row_(rows) {
+        for (int64_t i = 0; i < part.count; ++i) source_[i] = row_[i] = 0;
+    }
+
+    bool next(Block& to) {
+        for (int64_t tried = 0; tried < part_.count; ++tried) {
+            to.query = query_;
+            query_ = query_ + 1 < part_.count ? query_ + 1 : 0;
+            fill(to);
+            if (to.count > 0) return true;
+        }
+        return false;
+    }
+
+private:
+    void fill(Block& to) {
+        int64_t &source = source_[to.query], &row = row_[to.query];
+        to.count = 0;
+        for (; source < call_.num_sources; ++source, row = 0) {
+            const Rows& rows = call_.sources[source];
+            const int64_t query = part_.first + to.query, row_bytes = rows.layout.row_bytes;
+            if (rows.columns < 0) {
+                const int64_t start = rows.start[query], stop = rows.stop[query];
+                while (start + row < stop && to.count < kBlockRows) {
+                    to.rows[to.count++] = rows.packed + (start + row++) * row_bytes;
+                }
+                if (start + row < stop) return;
+            } else {
+                const int32_t* const index = rows.index + query * rows.columns;
+                while (row < rows.columns && index[row] >= 0 && to.count < kBlockRows) {
+                    to.rows[to.count++] = rows.packed + index[row++] * row_bytes;
+                }
+                if (row < rows.columns && index[row] >= 0) return;
+            }
+        }
+    }
+
+    const Attention& call_;
+    const Part& part_;
+    int64_t *source_, *row_;  // where each query goes on
+    int64_t query_ = 0;
+};
+
+// ---------------------------------------------------------------- rows
+
+// The exponents of all numbers but zero, raised; those of e4m3 numbers are 118 to 135.
+inline __m512i raised(__m512i numbers, __m512i by) {
+    const __mmask32 some = _mm512_test_epi16_mask(numbers, _mm512_set1_epi16(0x7FFF));
+    return _mm512_mask_add_epi16(numbers, some, numbers, by);
+}
+
+// Where a number would be subnormal, infinite or is none at all: by way of float32.
+TENFOLD_APART void decode_slowly(const uint8_t* codes, uint8_t scale, __m512i& even, __m512i& odd) {
+    alignas(64) float numbers[kCodesTogether];
+    alignas(64) uint16_t parts[2][kCodesTogether / 2];
+    for (int64_t i = 0; i < kCodesTogether; ++i) numbers[i] = e4m3_value(codes[i]) * e8m0_value(scale);
+    for (int64_t i = 0; i < kCodesTogether; ++i) parts[i % 2][i / 2] = static_cast<uint16_t>(to_bits(numbers[i]) >> 16);
+    even = _mm512_load_si512(parts[0]);
+    odd = _mm512_load_si512(parts[1]);
+}
+
+inline __attribute__((always_inline)) void decode_codes(const uint8_t* at, uint8_t scale, __m512i& even, __m512i& odd) {
+    const __m512i codes = _mm512_loadu_si512(at), size = _mm512_set1_epi8(127);
+    const __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, size), size);
+    if (nan != 0 || scale < 127 - 117 || scale > 127 + 119) return decode_slowly(at, scale, even, odd);
+    unpack_e4m3(codes, even, odd);
+    const __m512i by = _mm512_set1_epi16(static_cast<int16_t>((scale - 127) * 128));
+    even = raised(even, by);
+    odd = raised(odd, by);
+}
+
+// ---------------------------------------------------------------- the running softmax
+
+// 2^exponent for integers up to 127; 0 from -127 down, and for NaN.
+inline __m512 power_of_two(__m512 exponent) {
+    const __m512i biased = _mm512_cvtps_epi32(_mm512_add_ps(_mm512_max_ps(exponent, _mm512_set1_ps(-127.0F)),
+                                                            _mm512_set1_ps(127.0F)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+}
+
+inline __m512 share(__m512 x, __m512 top) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 part = _mm512_sub_ps(x, whole);
+    __m512 sum = _mm512_set1_ps(exp2_terms[0]);
+    for (int i = 1; i < 7; ++i) sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(exp2_terms[i]));
+    return _mm512_mul_ps(sum, power_of_two(_mm512_sub_ps(whole, top)));
+}
+
+// Two rows' shares as pairs: the nearest bf16 numbers, and what they leave.
+inline void split_pairs(__m512 first, __m512 second, __m512i& upper, __m512i& rest) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000));
+    const auto near = [mask](__m512 x) { return _mm512_and_si512(nearest_bf16(_mm512_castps_si512(x)), mask); };
+    const __m512i a = near(first), b = near(second);
+    const __m512i c = near(_mm512_sub_ps(first, _mm512_castsi512_ps(a)));
+    const __m512i d = near(_mm512_sub_ps(second, _mm512_castsi512_ps(b)));
+    upper = _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
+    rest = _mm512_or_si512(_mm512_srli_epi32(c, 16), d);
+}
+
+// ---------------------------------------------------------------- a task
+
+// Sizes of a part, and where each of its pieces of memory begins.
+struct TilePieces {
+    int64_t head_tiles, steps, channels, values;  // tiles of heads; steps of a row; tiles of channels, of what is summed
+
+    uint8_t *k, *v;      // a block: [8][steps] tiles of rows; [4][channels] tiles of pairs of rows
+    float* scores;       // [head tile][kBlockRows][16 heads]
+    uint8_t* shares;     // [head tile][4 steps][part] tiles of heads
+    uint8_t* q;          // [query][head tile][steps][part] tiles of pairs of channels
+    float* sums;         // [query][head tile][values] tiles of heads
+    float *top, *total;  // [query][head tile][16]
+    uint16_t* split;     // [steps][part][16 heads][32], of queries on their way to tiles
+    float* row;          // [width], a head's values on their way out
+    uint8_t* no_row;     // a packed row of zeros
+    int64_t *source, *source_row;
+
+    explicit TilePieces(const Attention& c)
+        : head_tiles(divided(c.part_heads, kTileSide)), steps(c.width / kStepRows), channels(c.width / kTileSide) {
+        // whole groups of channels: they lie together
+        const int64_t coded = c.sources[0].layout.coded, group = c.value_dim <= coded ? kCodesTogether : kStepRows;
+        values = round_up(c.value_dim, group) / kTileSide;
+    }
+
+    template <class Take>
+    void lay_out(const Attention& c, Take& take) {
+        const int64_t each = c.tile * head_tiles;
+        take(k, kBlockRows / kTileSide * steps * kTile);
+        take(v, kBlockSteps * channels * kTile);
+        take(scores, head_tiles * kBlockRows * kTileSide);
+        take(shares, head_tiles * kBlockSteps * 2 * kTile);
+        take(q, each * steps * 2 * kTile);
+        take(sums, each * values * kTileFloats);
+        take(top, each * kTileSide);
+        take(total, each * kTileSide);
+        take(split, steps * 2 * kTileSide * kStepRows);
+        take(row, c.width);
+        take(no_row, c.sources[0].layout.row_bytes);
+        take(source, c.tile);
+        take(source_row, c.tile);
+    }
+};
+
+struct CountBytes {
+    int64_t bytes = 0;
+    template <class T>
+    void operator()(T*&, int64_t count) {
+        bytes += Scratch::bytes_of<T>(count);
+    }
+};
+
+struct TakePieces {
+    Scratch& scratch;
+    template <class T>
+    void operator()(T*& piece, int64_t count) {
+        piece = scratch.take<T>(count);
+    }
+};
+
+class TileWorker : TilePieces {
+public:
+    static int64_t bytes(const Attention& c) {
+        CountBytes count;
+        TilePieces(c).lay_out(c, count);
+        return count.bytes;
+    }
+
+    TileWorker(Scratch& scratch, const Attention& c) : TilePieces(c), call_(c), layout_(c.sources[0].layout) {
+        TakePieces take{scratch};
+        lay_out(c, take);
+        for (int64_t i = 0; i < layout_.coded / layout_.block; ++i) no_row[layout_.scale_offset + i] = 127;
+    }
+
+    void run(int64_t task) const {
+        constexpr TileShape whole = {kTileSide, 64};
+        const Part part(call_, task);
+        for (int64_t i = 0; i < part.count; ++i) begin(part, i);
+        const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
+        Blocks blocks(call_, part, source, source_row);
+        Block two[2], decoded;
+        uint64_t begun = 0;  // queries of which something was summed
+        bool more = blocks.next(two[0]);
+        if (more) ask_for_rows(two[0], kAskAtFirst);
+        for (int64_t at = 0; more; at = 1 - at) {
+            const Block& now = two[at];
+            more = blocks.next(two[1 - at]);
+            if (!now.has_rows_of(decoded)) {
+                decode(now);
+                decoded = now;
+            }
+            if (!more) two[1 - at].count = 0;
+            const uint64_t bit = uint64_t{1} << now.query;
+            attend(now, (begun & bit) == 0, two[1 - at]);
+            begun |= bit;
+        }
+        for (int64_t i = 0; i < part.count; ++i) {
+            if ((begun >> i & 1) == 0) clear_sums(i);
+            finish(part, i);
+        }
+    }
+
+private:
+    // -------------------------------------------------------- a query
+
+    void begin(const Part& part, int64_t i) const {
+        const float scale = call_.scale * log2_e;
+        const float* const of_query = call_.q + ((part.first + i) * call_.heads + part.first_head) * call_.width;
+        for (int64_t tile = 0; tile < head_tiles; ++tile) {
+            for (int64_t h = 0; h < kTileSide; ++h) {
+                const int64_t head = tile * kTileSide + h;
+                split_head(head < part.heads ? of_query + head * call_.width : nullptr, scale, h);
+                float& top_of = top[i * head_tiles * kTileSide + head];
+                float& total_of = total[i * head_tiles * kTileSide + head];
+                top_of = nothing;
+                total_of = 0.0F;
+                if (call_.sink == nullptr || head >= part.heads) continue;
+                const float sink = call_.sink[part.first_head + head] * log2_e;
+                if (!(sink > nothing)) continue;
+                top_of = __builtin_ceilf(sink);
+                total_of = _mm512_cvtss_f32(share(_mm512_set1_ps(sink), _mm512_set1_ps(top_of)));
+            }
+            uint8_t* const to = q + (i * head_tiles + tile) * steps * 2 * kTile;
+            for (int64_t at = 0; at < 2 * steps; ++at) {
+                __m512i lines[16];
+                const uint16_t* const from = split + at * kTileSide * kStepRows;
+                for (int r = 0; r < 16; ++r) lines[r] = _mm512_load_si512(from + r * kStepRows);
+                transpose_lines(lines);
+                for (int r = 0; r < 16; ++r) _mm512_store_si512(to + at * kTile + r * 64, lines[r]);
+            }
+        }
+    }
+
+    // A head's channels, or none, in the order of decoded rows.
+    void split_head(const float* from, float scale, int64_t head) const {
+        const auto to = [=](int64_t step, int64_t at) {
+            return split + (step * 2 * kTileSide + head) * kStepRows + at;
+        };
+        constexpr int64_t rest = kTileSide * kStepRows;
+        if (from == nullptr) {
+            for (int64_t step = 0; step < steps; ++step) {
+                __builtin_memset(to(step, 0), 0, 64);
+                __builtin_memset(to(step, 0) + rest, 0, 64);
+            }
+            return;
+        }
+        const __m512 factor = _mm512_set1_ps(scale);
+        const auto load = [=](int64_t at) { return _mm512_mul_ps(_mm512_loadu_ps(from + at), factor); };
+        const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+        for (int64_t at = 0; at < layout_.coded; at += kCodesTogether) {
+            const int64_t step = at / kStepRows;
+            for (int64_t half = 0; half < 2; ++half) {
+                const __m512 a = load(at + 32 * half), b = load(at + 32 * half + 16);
+                uint16_t* const even = to(step, 16 * half);
+                uint16_t* const odd = to(step + 1, 16 * half);
+                split_numbers(_mm512_permutex2var_ps(a, evens, b), even, even + rest);
+                split_numbers(_mm512_permutex2var_ps(a, odds, b), odd, odd + rest);
+            }
+        }
+        for (int64_t at = layout_.coded; at < call_.width; at += 16) {
+            uint16_t* const plain = to(at / kStepRows, at % kStepRows);
+            split_numbers(load(at), plain, plain + rest);
+        }
+    }
+
+    // -------------------------------------------------------- a block
+
+    static void ask_for_rows(const Block& block, int64_t rows) {
+        for (int64_t i = 0; i < rows && i < block.count; ++i) ask_for(block.rows[i], 64, block.rows[i] + 64);
+    }
+
+    // Rows are decoded up to the end of a step; those behind the last one are zeros.
+    void decode(const Block& block) const {
+        const int64_t rows = round_up(block.count, kStepRows);
+        for (int64_t r = 0; r < rows; r += 2) {
+            decode_pair(r < block.count ? block.rows[r] : no_row, r + 1 < block.count ? block.rows[r + 1] : no_row, r);
+        }
+    }
+
+    void decode_pair(const uint8_t* first, const uint8_t* second, int64_t r) const {
+        uint8_t* const to_k = k + r / kTileSide * steps * kTile + r % kTileSide * 64;
+        uint8_t* const to_v = v + r / kStepRows * channels * kTile + r % kStepRows / 2 * 64;
+        const auto put = [=](int64_t step, __m512i a, __m512i b) {
+            _mm512_store_si512(to_k + step * kTile, a);
+            _mm512_store_si512(to_k + step * kTile + 64, b);
+            _mm512_store_si512(to_v + 2 * step * kTile, _mm512_unpacklo_epi16(a, b));
+            _mm512_store_si512(to_v + (2 * step + 1) * kTile, _mm512_unpackhi_epi16(a, b));
+        };
+        int64_t step = 0;
+        for (int64_t block = 0; block * kCodesTogether < layout_.coded; ++block, step += 2) {
+            __m512i even[2], odd[2];
+            const int64_t at = block * kCodesTogether, scale = layout_.scale_offset + block;
+            decode_codes(first + at, first[scale], even[0], odd[0]);
+            decode_codes(second + at, second[scale], even[1], odd[1]);
+            put(step, even[0], even[1]);
+            put(step + 1, odd[0], odd[1]);
+        }
+        for (int64_t at = 0; at < layout_.plain; at += kStepRows, ++step) {
+            const int64_t from = layout_.plain_offset + 2 * at;
+            put(step, _mm512_loadu_si512(first + from), _mm512_loadu_si512(second + from));
+        }
+    }
+
+    void attend(const Block& block, bool first, const Block& next) const {
+        const int64_t row_steps = divided(block.count, kStepRows), head = block.query * head_tiles;
+        const auto row_at = [&next](int64_t i) { return next.rows[i]; };
+        Ahead<decltype(row_at)> ahead{row_at, layout_.row_bytes, next.count};
+        const int64_t times = row_steps * divided(head_tiles, 2) * steps;
+        const int64_t each = divided(next.count * ahead.lines, times);
+        settle_memory();
+        for (int64_t step = 0; step < row_steps; ++step) {
+            int64_t tile = 0;
+            for (; tile + 2 <= head_tiles; tile += 2) score<2>(head, tile, step, ahead, each);
+            if (tile < head_tiles) score<1>(head, tile, step, ahead, each);
+        }
+        settle_memory();
+        for (int64_t tile = 0; tile < head_tiles; ++tile) {
+            raise_tops(head + tile, tile, block.count, first);
+            to_shares(head + tile, tile, block.count);
+        }
+        settle_memory();
+        for (int64_t channel = 0; channel < values; channel += 2) {
+            int64_t tile = 0;
+            for (; tile + 2 <= head_tiles; tile += 2) add_values<2>(head, tile, channel, row_steps, first);
+            if (tile < head_tiles) add_values<1>(head, tile, channel, row_steps, first);
+        }
+        settle_memory();
+    }
+
+    // Scores of 32 rows with one tile of heads or two; sums of rows 0 and 16 with the first are tiles 0 and 2.
+    template <int sides, class RowAt>
+    void score(int64_t head, int64_t tile, int64_t row_step, Ahead<RowAt>& ahead, int64_t each) const {
+        const uint8_t* rows = k + row_step * 2 * steps * kTile;
+        const uint8_t* heads = q + (head + tile) * steps * 2 * kTile;
+        const int64_t other_rows = steps * kTile, other_heads = steps * 2 * kTile;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t step = 0; step < steps; ++step, rows += kTile, heads += 2 * kTile) {
+            ahead.ask(each);
+            _tile_loadd(4, rows, 64);
+            _tile_loadd(6, heads, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, rows + other_rows, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (sides == 2) {
+                _tile_loadd(7, heads + other_heads, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_loadd(6, heads + kTile, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            if (sides == 2) {
+                _tile_loadd(7, heads + other_heads + kTile, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        float* const to = scores + (tile * kBlockRows + row_step * kStepRows) * kTileSide;
+        _tile_stored(0, to, 64);
+        _tile_stored(2, to + kTileFloats, 64);
+        if (sides == 1) return;
+        _tile_stored(1, to + kBlockRows * kTileSide, 64);
+        _tile_stored(3, to + kBlockRows * kTileSide + kTileFloats, 64);
+    }
+
+    // Moves the reference points of a tile of heads up to the largest score, and with them what was summed so far.
+    void raise_tops(int64_t head, int64_t tile, int64_t count, bool first) const {
+        const float* const from = scores + tile * kBlockRows * kTileSide;
+        __m512 largest = _mm512_load_ps(from);
+        for (int64_t r = 1; r < count; ++r) largest = _mm512_max_ps(_mm512_load_ps(from + r * kTileSide), largest);
+        largest = _mm512_roundscale_ps(largest, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+        const __m512 known = _mm512_load_ps(top + head * kTileSide);
+        const __mmask16 raise = _mm512_cmp_ps_mask(largest, known, _CMP_GT_OQ);
+        if (raise == 0) return;
+        const __m512 factors = _mm512_mask_mov_ps(_mm512_set1_ps(1.0F), raise, power_of_two(_mm512_sub_ps(known, largest)));
+        _mm512_store_ps(top + head * kTileSide, _mm512_mask_mov_ps(known, raise, largest));
+        float* const total_of = total + head * kTileSide;
+        _mm512_store_ps(total_of, _mm512_mul_ps(_mm512_load_ps(total_of), factors));
+        if (first) return;
+        alignas(64) float factor[kTileSide];
+        _mm512_store_ps(factor, factors);
+        for (int64_t h = 0; h < kTileSide; ++h) {
+            if ((raise >> h & 1) == 0) continue;
+            float* const to = sums + head * values * kTileFloats + h * kTileSide;
+            for (int64_t i = 0; i < values; ++i) {
+                const __m512 sum = _mm512_load_ps(to + i * kTileFloats);
+                _mm512_store_ps(to + i * kTileFloats, _mm512_mul_ps(sum, _mm512_set1_ps(factor[h])));
+            }
+        }
+    }
+
+    // Scores of a tile of heads become shares, which are added to the heads' totals row by row.
+    void to_shares(int64_t head, int64_t tile, int64_t count) const {
+        const float* from = scores + tile * kBlockRows * kTileSide;
+        uint8_t* to = shares + tile * kBlockSteps * 2 * kTile;
+        const __m512 tops = _mm512_load_ps(top + head * kTileSide);
+        __m512 sum = _mm512_load_ps(total + head * kTileSide);
+        const auto next = [&](int64_t r) {
+            if (r >= count) return _mm512_setzero_ps();
+            const __m512 part = share(_mm512_load_ps(from + r * kTileSide), tops);
+            sum = _mm512_add_ps(sum, part);
+            return part;
+        };
+        for (int64_t r = 0; r < count; r += kStepRows, to += 2 * kTile) {
+            __m512i upper[16], rest[16];
+            for (int i = 0; i < 16; ++i) {
+                const __m512 even = next(r + 2 * i), odd = next(r + 2 * i + 1);
+                split_pairs(even, odd, upper[i], rest[i]);
+            }
+            transpose_lines(upper);
+            transpose_lines(rest);
+            for (int i = 0; i < 16; ++i) {
+                _mm512_store_si512(to + i * 64, upper[i]);
+                _mm512_store_si512(to + kTile + i * 64, rest[i]);
+            }
+        }
+        _mm512_store_ps(total + head * kTileSide, sum);
+    }
+
+    // Two tiles of channels for one tile of heads or two; sums of the first heads are tiles 0 and 1.
+    template <int sides>
+    void add_values(int64_t head, int64_t tile, int64_t channel, int64_t row_steps, bool first) const {
+        const uint8_t* rows = v + channel * kTile;
+        const uint8_t* parts = shares + tile * kBlockSteps * 2 * kTile;
+        float* const to = sums + ((head + tile) * values + channel) * kTileFloats;
+        float* const others = to + values * kTileFloats;
+        constexpr int64_t other_parts = kBlockSteps * 2 * kTile;
+        if (first) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, to, 64);
+            _tile_loadd(1, to + kTileFloats, 64);
+            if (sides == 2) {
+                _tile_loadd(2, others, 64);
+                _tile_loadd(3, others + kTileFloats, 64);
+            }
+        }
+        for (int64_t step = 0; step < row_steps; ++step, rows += channels * kTile, parts += 2 * kTile) {
+            _tile_loadd(4, parts, 64);
+            _tile_loadd(6, rows, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, rows + kTile, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            if (sides == 2) {
+                _tile_loadd(5, parts + other_parts, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_loadd(4, parts + kTile, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (sides == 2) {
+                _tile_loadd(5, parts + other_parts + kTile, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, to, 64);
+        _tile_stored(1, to + kTileFloats, 64);
+        if (sides == 1) return;
+        _tile_stored(2, others, 64);
+        _tile_stored(3, others + kTileFloats, 64);
+    }
+
+    // -------------------------------------------------------- the result
+
+    void clear_sums(int64_t i) const {
+        const int64_t each = head_tiles * values * kTileFloats;
+        __builtin_memset(sums + i * each, 0, static_cast<uint64_t>(each) * 4);
+    }
+
+    void finish(const Part& part, int64_t i) const {
+        float cos[most_pairs], sin[most_pairs];
+        turn(call_.position + part.first + i, call_.frequencies, call_.pairs, -1.0F, cos, sin);
+        for (int64_t h = 0; h < part.heads; ++h) {
+            const int64_t tile = i * head_tiles + h / kTileSide;
+            arrange(sums + tile * values * kTileFloats + h % kTileSide * kTileSide,
+                    total[tile * kTileSide + h % kTileSide]);
+            float* const to = call_.out + ((part.first + i) * call_.heads + part.first_head + h) * call_.value_dim;
+            __builtin_memcpy(to, row, static_cast<uint64_t>(call_.value_dim) * 4);
+            float* const tail = to + call_.value_dim - 2 * call_.pairs;
+            rotate_row(tail, cos, sin, call_.pairs, true, tail);
+        }
+    }
+
+    // One head's sums, divided, in the order of channels. Pairs of rows came from quarters of their vectors: of each
+    // quarter the lower half of the channels stands in one tile and the upper half in the next.
+    void arrange(const float* from, float total_of) const {
+        const __m512 divisor = _mm512_set1_ps(total_of);
+        const auto load = [&](int64_t tile) { return _mm512_div_ps(_mm512_load_ps(from + tile * kTileFloats), divisor); };
+        int64_t tile = 0;
+        for (; tile < values && tile * kTileSide < layout_.coded; tile += 4) {
+            const __m512 a = load(tile), b = load(tile + 1), c = load(tile + 2), d = load(tile + 3);
+            const __m512 u[4] = {_mm512_unpacklo_ps(a, c), _mm512_unpackhi_ps(a, c), _mm512_unpacklo_ps(b, d),
+                                 _mm512_unpackhi_ps(b, d)};
+            const __m512 e = _mm512_shuffle_f32x4(u[0], u[1], 0x44), f = _mm512_shuffle_f32x4(u[0], u[1], 0xEE);
+            const __m512 g = _mm512_shuffle_f32x4(u[2], u[3], 0x44), h = _mm512_shuffle_f32x4(u[2], u[3], 0xEE);
+            float* const to = row + tile * kTileSide;
+            _mm512_store_ps(to, _mm512_shuffle_f32x4(e, g, 0x88));
+            _mm512_store_ps(to + 16, _mm512_shuffle_f32x4(e, g, 0xDD));
+            _mm512_store_ps(to + 32, _mm512_shuffle_f32x4(f, h, 0x88));
+            _mm512_store_ps(to + 48, _mm512_shuffle_f32x4(f, h, 0xDD));
+        }
+        for (; tile < values; tile += 2) {
+            const __m512 a = load(tile), b = load(tile + 1);
+            const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            float* const to = row + tile * kTileSide;
+            _mm512_store_ps(to, _mm512_permutex2var_ps(a, lower, b));
+            _mm512_store_ps(to + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(lower, _mm512_set1_epi32(8)), b));
+        }
+    }
+
+    const Attention& call_;
+    const RowLayout& layout_;
+};
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA
+
+#endif

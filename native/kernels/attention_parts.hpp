@@ -1,0 +1,74 @@
+// What attention by vectors and by tiles share: a call, the scale of its softmax, and asking for rows ahead.
+#pragma once
+
+#include "decode_row.hpp"
+#include "row_parts.hpp"
+#include "scratch.hpp"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr float nothing = -1e9F;  // reference point of a running softmax before the first row
+constexpr float log2_e = 1.44269504088896341F;
+
+// 2^x for x within +-1/2, highest power first; relative error 1e-8 (Cephes).
+constexpr float exp2_terms[7] = {1.535336188319500e-4F, 1.339887440266574e-3F, 9.618437357674640e-3F,
+                                 5.550332471162809e-2F, 2.402264791363012e-1F, 6.931472028550421e-1F, 1.0F};
+
+// `sparse_attention`, and its split into tasks: tiles of queries times ranges of heads.
+struct Attention {
+    const float* q;
+    const Rows* sources;
+    int64_t num_sources;
+    const float* sink;
+    const float* frequencies;
+    float* out;
+    int64_t n, heads, width, value_dim;
+    int64_t position, pairs;
+    float scale;
+    int64_t tile = 0, tiles = 0, head_parts = 0, part_heads = 0;
+};
+
+// Queries and heads of one task.
+struct Part {
+    int64_t first, count, first_head, heads;
+
+    Part(const Attention& c, int64_t task)
+        : first(task / c.head_parts * c.tile),
+          count(c.n - first < c.tile ? c.n - first : c.tile),
+          first_head(task % c.head_parts * c.part_heads),
+          heads(c.heads - first_head < c.part_heads ? c.heads - first_head : c.part_heads) {}
+};
+
+inline int64_t divided(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// Few tiles of queries: heads are split too, in groups of `group`.
+inline void split_tasks(Attention& c, int64_t tile, int64_t group, int32_t threads) {
+    const int64_t share_each = divided(c.n, threads);
+    c.tile = tile < share_each ? tile : share_each;
+    c.tiles = divided(c.n, c.tile);
+    const int64_t parts = c.tiles < 2 * threads ? threads : 1;
+    c.part_heads = round_up(divided(c.heads, parts), group);
+    c.head_parts = divided(c.heads, c.part_heads);
+}
+
+// Gathered rows lie anywhere in memory: those of the next block are asked for while this one is computed, a few
+// cache lines at a time, since more at once than the core can have under way would stop it.
+template <class RowAt>
+struct Ahead {
+    RowAt row_at;  // the packed row of a number
+    int64_t row_bytes;
+    int64_t count;
+    int64_t lines = (row_bytes + 127) / 64;  // a row may start within a line
+    int64_t asked = 0;
+
+    void ask(int64_t some) {
+        for (; some > 0 && asked < count * lines; --some, ++asked) {
+            const int64_t at = asked % lines * 64, last = row_bytes - 1;
+            __builtin_prefetch(row_at(asked / lines) + (at < last ? at : last));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA
