@@ -519,13 +519,14 @@ def gate(bench: Bench, name: str) -> bool:
         return bench.found[what]["result"] == "right"
     worst, ids = 0.0, torch.randint(0, 512, (20 if bench.tiny else 300,), generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder:
-        synth(shrink(name, **(TINY if bench.tiny else GATE)), folder, seed=1)
+        synth(shrink(name, **(TINY if bench.tiny else GATE)), Path(folder), seed=1)
         ours, law = (Engine.load(folder, backend=backend).session(512) for backend in ("triton", "reference"))
         for part in (ids[:-3], *ids[-3:, None]):
             found, expected = ours.feed(part.tolist()), law.feed(part.tolist())
-            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
-    right = worst <= 0.03  # activations are rounded to bf16 before each product
-    bench.note(what, result="right" if right else "wrong: not timed", largest_difference=worst)
+            worst = max(worst, float((found - expected).norm() / expected.norm()))
+    # Activations are rounded to bf16 before each product: over fresh networks 0.01 to 0.02 in V4 and 0.03 in V3.2.
+    right = worst <= 0.06
+    bench.note(what, result="right" if right else "wrong: not timed", difference=worst)
     return right
 
 

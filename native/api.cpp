@@ -27,7 +27,7 @@ bool runs_avx512() {
 #ifdef TENFOLD_BUILT_AMX
 bool runs_amx() {
     const CpuFeatures& cpu = cpu_features();
-    return runs_avx512() && cpu.avx512vbmi && cpu.amx_tile && cpu.amx_int8 && cpu.amx_bf16;
+    return runs_avx512() && cpu.avx512vbmi && cpu.avx512_bf16 && cpu.amx_tile && cpu.amx_int8 && cpu.amx_bf16;
 }
 #endif
 

@@ -21,9 +21,9 @@ struct Registers {
     uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-Registers cpuid(uint32_t leaf) {
+Registers cpuid(uint32_t leaf, uint32_t part = 0) {
     Registers r;
-    __get_cpuid_count(leaf, 0, &r.eax, &r.ebx, &r.ecx, &r.edx);
+    __get_cpuid_count(leaf, part, &r.eax, &r.ebx, &r.ecx, &r.edx);
     return r;
 }
 
@@ -65,6 +65,7 @@ CpuFeatures probe() {
     found.avx512vl = zmm && has(extended.ebx, 31);
     found.avx512_vnni = zmm && has(extended.ecx, 11);
     found.avx512vbmi = zmm && has(extended.ecx, 1);
+    found.avx512_bf16 = zmm && has(cpuid(7, 1).eax, 5);
     const bool tiles = (saved & tile_state) == tile_state && has(extended.edx, 24) && may_use_tiles();
     found.amx_tile = tiles;
     found.amx_int8 = tiles && has(extended.edx, 25);
@@ -95,6 +96,7 @@ std::string join(const CpuFeatures& found) {
     add(found.avx512vl, "avx512vl");
     add(found.avx512_vnni, "avx512_vnni");
     add(found.avx512vbmi, "avx512vbmi");
+    add(found.avx512_bf16, "avx512_bf16");
     add(found.amx_tile, "amx_tile");
     add(found.amx_int8, "amx_int8");
     add(found.amx_bf16, "amx_bf16");

@@ -138,7 +138,7 @@ def test_isas_are_consistent() -> None:
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the kernel's list of CPU flags is Linux's")
 def test_the_probe_agrees_with_the_kernel() -> None:
     flags = Path("/proc/cpuinfo").read_text().split()
-    avx512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi")
+    avx512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi", "avx512_bf16")
     known = ("sse2", "avx2", "fma", "f16c", *avx512, "amx_tile", "amx_int8", "amx_bf16")
     assert set(_native.cpu_features()) == {feature for feature in known if feature in flags}
 

@@ -238,7 +238,7 @@ template <class RowAt>
 void attend_block(const Query& query, int64_t heads, const float* k, int64_t rows, const Shape& s, float* scores,
                   Ahead<RowAt> ahead) {
     const int64_t steps = heads / group * divided(rows, strip_rows);
-    const int64_t each = divided(ahead.count * ahead.lines, steps);
+    const int64_t each = divided(ahead.lines(), steps);
     for (int64_t r = 0; r < rows; r += strip_rows) {
         const int64_t count = rows - r < strip_rows ? rows - r : strip_rows;
         for (int64_t head = 0; head < heads; head += group) {
@@ -264,6 +264,7 @@ void attend_block(const Query& query, int64_t heads, const float* k, int64_t row
 // ------------------------------------------------------------------------------------------ a tile of queries
 
 struct Worker {
+    static constexpr bool zeroed = true;
     const Attention& call;
     Shape shape;
     float *k, *scores, *q, *values, *top, *total;
@@ -353,7 +354,7 @@ struct Worker {
                 if (start >= stop) continue;
                 const float* const seen = k + (start - from) * shape.row_stride;
                 attend_block(query(i), round_up(heads, group), seen, stop - start, shape, scores,
-                             Ahead<decltype(in_order)>{in_order, row_bytes, 0});
+                             Ahead<decltype(in_order)>(in_order, row_bytes, 0));
             }
         }
     }
@@ -365,7 +366,7 @@ struct Worker {
         const auto asking = [&](int64_t from) {  // for the rows of a block
             const auto row_at = [=](int64_t i) { return rows.packed + index[from + i] * rows.layout.row_bytes; };
             const int64_t rest = used - from;
-            return Ahead<decltype(row_at)>{row_at, rows.layout.row_bytes, rest < block_rows ? rest : block_rows};
+            return Ahead<decltype(row_at)>(row_at, rows.layout.row_bytes, rest < block_rows ? rest : block_rows);
         };
         asking(0).ask(block_rows);
         for (int64_t from = 0; from < used; from += block_rows) {
@@ -419,7 +420,7 @@ int64_t queries_together(int64_t heads) { return heads >= 64 ? 1 : 64 / heads; }
 template <class Worker>
 void run_tasks(const Attention& call, int32_t threads) {
     share_tasks(call.tiles * call.head_parts, threads, [&call](const auto& next) {
-        Scratch scratch(Worker::bytes(call));
+        Scratch scratch(Worker::bytes(call), Worker::zeroed);
         const Worker worker(scratch, call);
         for (int64_t task = next(); task >= 0; task = next()) worker.run(task);
     });

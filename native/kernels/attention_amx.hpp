@@ -3,8 +3,8 @@
 // Such rows are bf16 numbers as they are. Queries and shares are taken as two bf16 numbers each, as activations are in
 // the products, which leaves 2^-17 of them. The rows a query sees, of all its sources, are counted through and taken in
 // steps of 32, each one instruction's sums; so which rows lie together is the query's own affair, and neither its company
-// nor where a chunk of the text begins leaves a trace. Blocks of four steps are decoded twice, row by row for the scores
-// and in pairs of rows for the values, and a block that the queries of a tile have in common is decoded once.
+// nor where a chunk of the text begins leaves a trace. A block of four steps that the queries of a tile have in common is
+// decoded once.
 #pragma once
 
 #ifdef __AMX_BF16__
@@ -16,12 +16,12 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int64_t kTileSide = 16;  // rows of a tile: heads, rows of keys, or pairs of channels
+constexpr int64_t kTileSide = 16;  // rows of a tile: heads, packed rows, or pairs of either's
 constexpr int64_t kTile = 1024;    // its bytes
 constexpr int64_t kTileFloats = 256;
-constexpr int64_t kMostTile = 64;      // queries of a task
-constexpr int64_t kAskAtFirst = 16;    // rows of which the first line is asked for before anything else
 constexpr int64_t kStepRows = 32, kBlockSteps = 4, kBlockRows = kStepRows * kBlockSteps;
+constexpr int64_t kAskAtFirst = 16;     // rows of which the first line is asked for before anything else
+constexpr int64_t kNearSteps = 8;       // of channels: 32 KB of two tiles of heads, within the first cache
 constexpr int64_t kCodesTogether = 64;  // under one scale; even ones make one step of channels, odd ones the next
 
 // Rows that tiles can take.
@@ -101,24 +101,27 @@ inline __m512i raised(__m512i numbers, __m512i by) {
     return _mm512_mask_add_epi16(numbers, some, numbers, by);
 }
 
-// Where a number would be subnormal, infinite or is none at all: by way of float32.
+// Where a number would be subnormal or infinite, or is none at all: by way of float32.
 TENFOLD_APART void decode_slowly(const uint8_t* codes, uint8_t scale, __m512i& even, __m512i& odd) {
-    alignas(64) float numbers[kCodesTogether];
     alignas(64) uint16_t parts[2][kCodesTogether / 2];
-    for (int64_t i = 0; i < kCodesTogether; ++i) numbers[i] = e4m3_value(codes[i]) * e8m0_value(scale);
-    for (int64_t i = 0; i < kCodesTogether; ++i) parts[i % 2][i / 2] = static_cast<uint16_t>(to_bits(numbers[i]) >> 16);
+    for (int64_t i = 0; i < kCodesTogether; ++i) {
+        const float number = e4m3_value(codes[i]) * e8m0_value(scale);
+        parts[i % 2][i / 2] = static_cast<uint16_t>(to_bits(number) >> 16);
+    }
     even = _mm512_load_si512(parts[0]);
     odd = _mm512_load_si512(parts[1]);
 }
 
-inline __attribute__((always_inline)) void decode_codes(const uint8_t* at, uint8_t scale, __m512i& even, __m512i& odd) {
+// Says false where the numbers are not right.
+inline __attribute__((always_inline)) bool decode_quickly(const uint8_t* at, uint8_t scale, __m512i& even,
+                                                          __m512i& odd) {
     const __m512i codes = _mm512_loadu_si512(at), size = _mm512_set1_epi8(127);
     const __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, size), size);
-    if (nan != 0 || scale < 127 - 117 || scale > 127 + 119) return decode_slowly(at, scale, even, odd);
     unpack_e4m3(codes, even, odd);
     const __m512i by = _mm512_set1_epi16(static_cast<int16_t>((scale - 127) * 128));
     even = raised(even, by);
     odd = raised(odd, by);
+    return nan == 0 && scale >= 127 - 117 && scale <= 127 + 119;
 }
 
 // ---------------------------------------------------------------- the running softmax
@@ -138,24 +141,33 @@ inline __m512 share(__m512 x, __m512 top) {
     return _mm512_mul_ps(sum, power_of_two(_mm512_sub_ps(whole, top)));
 }
 
-// Two rows' shares as pairs: the nearest bf16 numbers, and what they leave.
-inline void split_pairs(__m512 first, __m512 second, __m512i& upper, __m512i& rest) {
-    const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(0xFFFF0000));
-    const auto near = [mask](__m512 x) { return _mm512_and_si512(nearest_bf16(_mm512_castps_si512(x)), mask); };
-    const __m512i a = near(first), b = near(second);
-    const __m512i c = near(_mm512_sub_ps(first, _mm512_castsi512_ps(a)));
-    const __m512i d = near(_mm512_sub_ps(second, _mm512_castsi512_ps(b)));
-    upper = _mm512_or_si512(_mm512_srli_epi32(a, 16), b);
-    rest = _mm512_or_si512(_mm512_srli_epi32(c, 16), d);
+// ---------------------------------------------------------------- two parts
+
+// 32 numbers: the nearest bf16 numbers, and those nearest to what these leave.
+inline void two_parts(__m512 first, __m512 second, __m512i& upper, __m512i& rest) {
+    const auto numbers = [](__m256i half) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    };
+    upper = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+    const __m512 a = _mm512_sub_ps(first, numbers(_mm512_castsi512_si256(upper)));
+    const __m512 b = _mm512_sub_ps(second, numbers(_mm512_extracti64x4_epi64(upper, 1)));
+    rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+}
+
+// Each of the first half beside the one of the second.
+inline __m512i paired(__m512i halves) {
+    const __m512i first = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i second = _mm512_slli_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(16)), 16);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(first, second), halves);
 }
 
 // ---------------------------------------------------------------- a task
 
 // Sizes of a part, and where each of its pieces of memory begins.
 struct TilePieces {
-    int64_t head_tiles, steps, channels, values;  // tiles of heads; steps of a row; tiles of channels, of what is summed
+    int64_t head_tiles, steps, values;  // tiles of heads; steps of a row; tiles of channels that are summed
 
-    uint8_t *k, *v;      // a block: [8][steps] tiles of rows; [4][channels] tiles of pairs of rows
+    uint8_t *k, *v;      // a block: [8][steps] tiles of rows; of one step, [4][2] tiles of pairs of rows
     float* scores;       // [head tile][kBlockRows][16 heads]
     uint8_t* shares;     // [head tile][4 steps][part] tiles of heads
     uint8_t* q;          // [query][head tile][steps][part] tiles of pairs of channels
@@ -167,7 +179,7 @@ struct TilePieces {
     int64_t *source, *source_row;
 
     explicit TilePieces(const Attention& c)
-        : head_tiles(divided(c.part_heads, kTileSide)), steps(c.width / kStepRows), channels(c.width / kTileSide) {
+        : head_tiles(divided(c.part_heads, kTileSide)), steps(c.width / kStepRows) {
         // whole groups of channels: they lie together
         const int64_t coded = c.sources[0].layout.coded, group = c.value_dim <= coded ? kCodesTogether : kStepRows;
         values = round_up(c.value_dim, group) / kTileSide;
@@ -177,7 +189,7 @@ struct TilePieces {
     void lay_out(const Attention& c, Take& take) {
         const int64_t each = c.tile * head_tiles;
         take(k, kBlockRows / kTileSide * steps * kTile);
-        take(v, kBlockSteps * channels * kTile);
+        take(v, kBlockSteps * 2 * kTile);
         take(scores, head_tiles * kBlockRows * kTileSide);
         take(shares, head_tiles * kBlockSteps * 2 * kTile);
         take(q, each * steps * 2 * kTile);
@@ -210,6 +222,8 @@ struct TakePieces {
 
 class TileWorker : TilePieces {
 public:
+    static constexpr bool zeroed = false;
+
     static int64_t bytes(const Attention& c) {
         CountBytes count;
         TilePieces(c).lay_out(c, count);
@@ -219,6 +233,7 @@ public:
     TileWorker(Scratch& scratch, const Attention& c) : TilePieces(c), call_(c), layout_(c.sources[0].layout) {
         TakePieces take{scratch};
         lay_out(c, take);
+        __builtin_memset(no_row, 0, static_cast<uint64_t>(layout_.row_bytes));
         for (int64_t i = 0; i < layout_.coded / layout_.block; ++i) no_row[layout_.scale_offset + i] = 127;
     }
 
@@ -253,7 +268,7 @@ public:
 private:
     // -------------------------------------------------------- a query
 
-    void begin(const Part& part, int64_t i) const {
+    TENFOLD_APART void begin(const Part& part, int64_t i) const {
         const float scale = call_.scale * log2_e;
         const float* const of_query = call_.q + ((part.first + i) * call_.heads + part.first_head) * call_.width;
         for (int64_t tile = 0; tile < head_tiles; ++tile) {
@@ -283,35 +298,28 @@ private:
 
     // A head's channels, or none, in the order of decoded rows.
     void split_head(const float* from, float scale, int64_t head) const {
-        const auto to = [=](int64_t step, int64_t at) {
-            return split + (step * 2 * kTileSide + head) * kStepRows + at;
+        const auto put = [=](int64_t step, __m512 first, __m512 second) {
+            __m512i upper, rest;
+            two_parts(first, second, upper, rest);
+            uint16_t* const to = split + (step * 2 * kTileSide + head) * kStepRows;
+            _mm512_store_si512(to, upper);
+            _mm512_store_si512(to + kTileSide * kStepRows, rest);
         };
-        constexpr int64_t rest = kTileSide * kStepRows;
         if (from == nullptr) {
-            for (int64_t step = 0; step < steps; ++step) {
-                __builtin_memset(to(step, 0), 0, 64);
-                __builtin_memset(to(step, 0) + rest, 0, 64);
-            }
+            for (int64_t step = 0; step < steps; ++step) put(step, _mm512_setzero_ps(), _mm512_setzero_ps());
             return;
         }
         const __m512 factor = _mm512_set1_ps(scale);
         const auto load = [=](int64_t at) { return _mm512_mul_ps(_mm512_loadu_ps(from + at), factor); };
         const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-        for (int64_t at = 0; at < layout_.coded; at += kCodesTogether) {
-            const int64_t step = at / kStepRows;
-            for (int64_t half = 0; half < 2; ++half) {
-                const __m512 a = load(at + 32 * half), b = load(at + 32 * half + 16);
-                uint16_t* const even = to(step, 16 * half);
-                uint16_t* const odd = to(step + 1, 16 * half);
-                split_numbers(_mm512_permutex2var_ps(a, evens, b), even, even + rest);
-                split_numbers(_mm512_permutex2var_ps(a, odds, b), odd, odd + rest);
-            }
+        int64_t step = 0, at = 0;
+        for (; at < layout_.coded; at += kCodesTogether, step += 2) {
+            const __m512 a = load(at), b = load(at + 16), c = load(at + 32), d = load(at + 48);
+            put(step, _mm512_permutex2var_ps(a, evens, b), _mm512_permutex2var_ps(c, evens, d));
+            put(step + 1, _mm512_permutex2var_ps(a, odds, b), _mm512_permutex2var_ps(c, odds, d));
         }
-        for (int64_t at = layout_.coded; at < call_.width; at += 16) {
-            uint16_t* const plain = to(at / kStepRows, at % kStepRows);
-            split_numbers(load(at), plain, plain + rest);
-        }
+        for (; at < call_.width; at += kStepRows, ++step) put(step, load(at), load(at + 16));
     }
 
     // -------------------------------------------------------- a block
@@ -321,28 +329,34 @@ private:
     }
 
     // Rows are decoded up to the end of a step; those behind the last one are zeros.
-    void decode(const Block& block) const {
+    TENFOLD_APART void decode(const Block& block) const {
         const int64_t rows = round_up(block.count, kStepRows);
         for (int64_t r = 0; r < rows; r += 2) {
-            decode_pair(r < block.count ? block.rows[r] : no_row, r + 1 < block.count ? block.rows[r + 1] : no_row, r);
+            const uint8_t* const first = r < block.count ? block.rows[r] : no_row;
+            const uint8_t* const second = r + 1 < block.count ? block.rows[r + 1] : no_row;
+            if (!decode_pair<true>(first, second, r)) decode_pair<false>(first, second, r);
         }
     }
 
-    void decode_pair(const uint8_t* first, const uint8_t* second, int64_t r) const {
-        uint8_t* const to_k = k + r / kTileSide * steps * kTile + r % kTileSide * 64;
-        uint8_t* const to_v = v + r / kStepRows * channels * kTile + r % kStepRows / 2 * 64;
+    // Says false where the quick way was the wrong one.
+    template <bool quick>
+    bool decode_pair(const uint8_t* first, const uint8_t* second, int64_t r) const {
+        uint8_t* const to = k + r / kTileSide * steps * kTile + r % kTileSide * 64;
         const auto put = [=](int64_t step, __m512i a, __m512i b) {
-            _mm512_store_si512(to_k + step * kTile, a);
-            _mm512_store_si512(to_k + step * kTile + 64, b);
-            _mm512_store_si512(to_v + 2 * step * kTile, _mm512_unpacklo_epi16(a, b));
-            _mm512_store_si512(to_v + (2 * step + 1) * kTile, _mm512_unpackhi_epi16(a, b));
+            _mm512_store_si512(to + step * kTile, a);
+            _mm512_store_si512(to + step * kTile + 64, b);
         };
         int64_t step = 0;
+        bool right = true;
         for (int64_t block = 0; block * kCodesTogether < layout_.coded; ++block, step += 2) {
             __m512i even[2], odd[2];
-            const int64_t at = block * kCodesTogether, scale = layout_.scale_offset + block;
-            decode_codes(first + at, first[scale], even[0], odd[0]);
-            decode_codes(second + at, second[scale], even[1], odd[1]);
+            const uint8_t* const rows[2] = {first, second};
+            for (int i = 0; i < 2; ++i) {
+                const uint8_t* const codes = rows[i] + block * kCodesTogether;
+                const uint8_t scale = rows[i][layout_.scale_offset + block];
+                if (quick) right &= decode_quickly(codes, scale, even[i], odd[i]);
+                else decode_slowly(codes, scale, even[i], odd[i]);
+            }
             put(step, even[0], even[1]);
             put(step + 1, odd[0], odd[1]);
         }
@@ -350,19 +364,37 @@ private:
             const int64_t from = layout_.plain_offset + 2 * at;
             put(step, _mm512_loadu_si512(first + from), _mm512_loadu_si512(second + from));
         }
+        return right;
+    }
+
+    // A step of channels of all rows: of two rows each, the numbers of a channel beside each other.
+    void pair_rows(int64_t step, int64_t row_steps) const {
+        const uint8_t* from = k + step * kTile;
+        uint8_t* to = v;
+        for (int64_t tile = 0; tile < 2 * row_steps; ++tile, from += steps * kTile) {
+            for (int64_t r = 0; r < kTileSide; r += 2, to += 64) {
+                const __m512i a = _mm512_load_si512(from + r * 64), b = _mm512_load_si512(from + (r + 1) * 64);
+                _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+                _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a, b));
+            }
+            if (tile % 2 == 1) to += kTile;
+        }
     }
 
     void attend(const Block& block, bool first, const Block& next) const {
         const int64_t row_steps = divided(block.count, kStepRows), head = block.query * head_tiles;
         const auto row_at = [&next](int64_t i) { return next.rows[i]; };
-        Ahead<decltype(row_at)> ahead{row_at, layout_.row_bytes, next.count};
-        const int64_t times = row_steps * divided(head_tiles, 2) * steps;
-        const int64_t each = divided(next.count * ahead.lines, times);
+        Ahead<decltype(row_at), 2> ahead(row_at, layout_.row_bytes, next.count);
+        const int64_t times = row_steps * divided(head_tiles, 2) * (steps + values / 2);
+        const int64_t each = divided(ahead.lines(), times);
         settle_memory();
-        for (int64_t step = 0; step < row_steps; ++step) {
-            int64_t tile = 0;
-            for (; tile + 2 <= head_tiles; tile += 2) score<2>(head, tile, step, ahead, each);
-            if (tile < head_tiles) score<1>(head, tile, step, ahead, each);
+        for (int64_t tile = 0; tile < head_tiles; tile += 2) {
+            for (int64_t from = 0; from < steps; from += kNearSteps) {
+                for (int64_t step = 0; step < row_steps; ++step) {
+                    if (tile + 1 < head_tiles) score<2>(head, tile, step, from, ahead, each);
+                    else score<1>(head, tile, step, from, ahead, each);
+                }
+            }
         }
         settle_memory();
         for (int64_t tile = 0; tile < head_tiles; ++tile) {
@@ -371,24 +403,41 @@ private:
         }
         settle_memory();
         for (int64_t channel = 0; channel < values; channel += 2) {
-            int64_t tile = 0;
-            for (; tile + 2 <= head_tiles; tile += 2) add_values<2>(head, tile, channel, row_steps, first);
-            if (tile < head_tiles) add_values<1>(head, tile, channel, row_steps, first);
+            pair_rows(channel / 2, row_steps);
+            settle_memory();
+            for (int64_t tile = 0; tile < head_tiles; tile += 2) {
+                if (tile + 1 < head_tiles) add_values<2>(head, tile, channel, row_steps, first, ahead, each);
+                else add_values<1>(head, tile, channel, row_steps, first, ahead, each);
+            }
         }
         settle_memory();
     }
 
-    // Scores of 32 rows with one tile of heads or two; sums of rows 0 and 16 with the first are tiles 0 and 2.
-    template <int sides, class RowAt>
-    void score(int64_t head, int64_t tile, int64_t row_step, Ahead<RowAt>& ahead, int64_t each) const {
-        const uint8_t* rows = k + row_step * 2 * steps * kTile;
-        const uint8_t* heads = q + (head + tile) * steps * 2 * kTile;
+    // Scores of 32 rows with one tile of heads or two, by some steps of channels: a part of a query that the first cache
+    // holds while the rows of a block go by. Sums of rows 0 and 16 with the first heads are tiles 0 and 2.
+    template <int sides, class Asking>
+    TENFOLD_APART void score(int64_t head, int64_t tile, int64_t row_step, int64_t from, Asking& ahead,
+                             int64_t each) const {
+        const uint8_t* rows = k + (row_step * 2 * steps + from) * kTile;
+        const uint8_t* heads = q + ((head + tile) * steps + from) * 2 * kTile;
         const int64_t other_rows = steps * kTile, other_heads = steps * 2 * kTile;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t step = 0; step < steps; ++step, rows += kTile, heads += 2 * kTile) {
+        float* const to = scores + (tile * kBlockRows + row_step * kStepRows) * kTileSide;
+        float* const others = to + kBlockRows * kTileSide;
+        if (from == 0) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, to, 64);
+            _tile_loadd(2, to + kTileFloats, 64);
+            if (sides == 2) {
+                _tile_loadd(1, others, 64);
+                _tile_loadd(3, others + kTileFloats, 64);
+            }
+        }
+        const int64_t stop = smaller(from + kNearSteps, steps);
+        for (int64_t step = from; step < stop; ++step, rows += kTile, heads += 2 * kTile) {
             ahead.ask(each);
             _tile_loadd(4, rows, 64);
             _tile_loadd(6, heads, 64);
@@ -409,16 +458,15 @@ private:
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
-        float* const to = scores + (tile * kBlockRows + row_step * kStepRows) * kTileSide;
         _tile_stored(0, to, 64);
         _tile_stored(2, to + kTileFloats, 64);
         if (sides == 1) return;
-        _tile_stored(1, to + kBlockRows * kTileSide, 64);
-        _tile_stored(3, to + kBlockRows * kTileSide + kTileFloats, 64);
+        _tile_stored(1, others, 64);
+        _tile_stored(3, others + kTileFloats, 64);
     }
 
     // Moves the reference points of a tile of heads up to the largest score, and with them what was summed so far.
-    void raise_tops(int64_t head, int64_t tile, int64_t count, bool first) const {
+    TENFOLD_APART void raise_tops(int64_t head, int64_t tile, int64_t count, bool first) const {
         const float* const from = scores + tile * kBlockRows * kTileSide;
         __m512 largest = _mm512_load_ps(from);
         for (int64_t r = 1; r < count; ++r) largest = _mm512_max_ps(_mm512_load_ps(from + r * kTileSide), largest);
@@ -444,7 +492,7 @@ private:
     }
 
     // Scores of a tile of heads become shares, which are added to the heads' totals row by row.
-    void to_shares(int64_t head, int64_t tile, int64_t count) const {
+    TENFOLD_APART void to_shares(int64_t head, int64_t tile, int64_t count) const {
         const float* from = scores + tile * kBlockRows * kTileSide;
         uint8_t* to = shares + tile * kBlockSteps * 2 * kTile;
         const __m512 tops = _mm512_load_ps(top + head * kTileSide);
@@ -459,7 +507,9 @@ private:
             __m512i upper[16], rest[16];
             for (int i = 0; i < 16; ++i) {
                 const __m512 even = next(r + 2 * i), odd = next(r + 2 * i + 1);
-                split_pairs(even, odd, upper[i], rest[i]);
+                two_parts(even, odd, upper[i], rest[i]);
+                upper[i] = paired(upper[i]);
+                rest[i] = paired(rest[i]);
             }
             transpose_lines(upper);
             transpose_lines(rest);
@@ -472,9 +522,10 @@ private:
     }
 
     // Two tiles of channels for one tile of heads or two; sums of the first heads are tiles 0 and 1.
-    template <int sides>
-    void add_values(int64_t head, int64_t tile, int64_t channel, int64_t row_steps, bool first) const {
-        const uint8_t* rows = v + channel * kTile;
+    template <int sides, class Asking>
+    TENFOLD_APART void add_values(int64_t head, int64_t tile, int64_t channel, int64_t row_steps, bool first,
+                                  Asking& ahead, int64_t each) const {
+        const uint8_t* rows = v;
         const uint8_t* parts = shares + tile * kBlockSteps * 2 * kTile;
         float* const to = sums + ((head + tile) * values + channel) * kTileFloats;
         float* const others = to + values * kTileFloats;
@@ -492,7 +543,8 @@ private:
                 _tile_loadd(3, others + kTileFloats, 64);
             }
         }
-        for (int64_t step = 0; step < row_steps; ++step, rows += channels * kTile, parts += 2 * kTile) {
+        for (int64_t step = 0; step < row_steps; ++step, rows += 2 * kTile, parts += 2 * kTile) {
+            ahead.ask(each);
             _tile_loadd(4, parts, 64);
             _tile_loadd(6, rows, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -526,7 +578,7 @@ private:
         __builtin_memset(sums + i * each, 0, static_cast<uint64_t>(each) * 4);
     }
 
-    void finish(const Part& part, int64_t i) const {
+    TENFOLD_APART void finish(const Part& part, int64_t i) const {
         float cos[most_pairs], sin[most_pairs];
         turn(call_.position + part.first + i, call_.frequencies, call_.pairs, -1.0F, cos, sin);
         for (int64_t h = 0; h < part.heads; ++h) {
@@ -543,8 +595,8 @@ private:
     // One head's sums, divided, in the order of channels. Pairs of rows came from quarters of their vectors: of each
     // quarter the lower half of the channels stands in one tile and the upper half in the next.
     void arrange(const float* from, float total_of) const {
-        const __m512 divisor = _mm512_set1_ps(total_of);
-        const auto load = [&](int64_t tile) { return _mm512_div_ps(_mm512_load_ps(from + tile * kTileFloats), divisor); };
+        const __m512 factor = _mm512_set1_ps(1.0F / total_of);
+        const auto load = [&](int64_t tile) { return _mm512_mul_ps(_mm512_load_ps(from + tile * kTileFloats), factor); };
         int64_t tile = 0;
         for (; tile < values && tile * kTileSide < layout_.coded; tile += 4) {
             const __m512 a = load(tile), b = load(tile + 1), c = load(tile + 2), d = load(tile + 3);

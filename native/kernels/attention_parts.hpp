@@ -54,20 +54,34 @@ inline void split_tasks(Attention& c, int64_t tile, int64_t group, int32_t threa
 
 // Gathered rows lie anywhere in memory: those of the next block are asked for while this one is computed, a few
 // cache lines at a time, since more at once than the core can have under way would stop it.
-template <class RowAt>
-struct Ahead {
-    RowAt row_at;  // the packed row of a number
-    int64_t row_bytes;
-    int64_t count;
-    int64_t lines = (row_bytes + 127) / 64;  // a row may start within a line
-    int64_t asked = 0;
+template <class RowAt, int nearness = 3>
+class Ahead {
+public:
+    Ahead(RowAt row_at, int64_t row_bytes, int64_t count) : row_at_(row_at), row_bytes_(row_bytes), count_(count) {
+        if (count > 0) begin_row();
+    }
+
+    // At most, since a row may start within a line.
+    int64_t lines() const { return count_ * ((row_bytes_ + 126) / 64); }
 
     void ask(int64_t some) {
-        for (; some > 0 && asked < count * lines; --some, ++asked) {
-            const int64_t at = asked % lines * 64, last = row_bytes - 1;
-            __builtin_prefetch(row_at(asked / lines) + (at < last ? at : last));
+        for (; some > 0 && row_ < count_; --some) {
+            __builtin_prefetch(at_, 0, nearness);
+            at_ += 64;
+            if (at_ >= end_ && ++row_ < count_) begin_row();
         }
     }
+
+private:
+    void begin_row() {
+        const uint8_t* const first = row_at_(row_);
+        at_ = first - reinterpret_cast<uintptr_t>(first) % 64;
+        end_ = first + row_bytes_;
+    }
+
+    RowAt row_at_;  // the packed row of a number
+    int64_t row_bytes_, count_, row_ = 0;
+    const uint8_t *at_ = nullptr, *end_ = nullptr;
 };
 
 }  // namespace

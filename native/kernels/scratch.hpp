@@ -24,13 +24,13 @@ inline void ask_for(const uint8_t* from, int64_t num_bytes, const uint8_t* end) 
     for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
 }
 
-// Aligned to cache lines and zeroed; gone with the object.
+// Aligned to cache lines, and zeroed unless it need not be; gone with the object.
 class Scratch {
 public:
-    explicit Scratch(int64_t bytes) : size_(round_up(bytes < 64 ? 64 : bytes, 64)) {
+    explicit Scratch(int64_t bytes, bool zeroed = true) : size_(round_up(bytes < 64 ? 64 : bytes, 64)) {
         memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<uint64_t>(size_)));
         if (memory_ == nullptr) std::abort();  // a few MB; as with any small allocation that fails
-        __builtin_memset(memory_, 0, static_cast<uint64_t>(size_));
+        if (zeroed) __builtin_memset(memory_, 0, static_cast<uint64_t>(size_));
     }
     ~Scratch() { std::free(memory_); }
     Scratch(const Scratch&) = delete;
