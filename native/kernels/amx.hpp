@@ -122,8 +122,21 @@ inline __m512i nearest_bf16(__m512i bits) {
     return _mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7FFF));
 }
 
+// The same as numbers, in vectors of their own.
+inline __m512 bf16_numbers(__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// 32 finite numbers: the nearest bf16 numbers, and those nearest to what these leave.
+inline void two_parts(__m512 first, __m512 second, __m512i& upper, __m512i& rest) {
+    upper = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+    const __m512 a = _mm512_sub_ps(first, bf16_numbers(_mm512_castsi512_si256(upper)));
+    const __m512 b = _mm512_sub_ps(second, bf16_numbers(_mm512_extracti64x4_epi64(upper, 1)));
+    rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+}
+
 // The parts of sixteen numbers; what is not finite is all in the first, and the largest are not rounded to infinity.
-inline void split_numbers(__m512 x, uint16_t* upper, uint16_t* rest) {
+__attribute__((noinline)) void split_slowly(__m512 x, uint16_t* upper, uint16_t* rest) {
     const __m512i bits = _mm512_castps_si512(x), sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000));
     const __m512i infinity = _mm512_set1_epi32(0x7F800000), size = _mm512_andnot_si512(sign, bits);
     const __mmask16 finite = _mm512_cmplt_epi32_mask(size, infinity), nan = _mm512_cmpgt_epi32_mask(size, infinity);
@@ -135,6 +148,21 @@ inline void split_numbers(__m512 x, uint16_t* upper, uint16_t* rest) {
     const __m512i second = _mm512_srli_epi32(nearest_bf16(_mm512_castps_si512(left)), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper), _mm512_cvtepi32_epi16(first));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), _mm512_cvtepi32_epi16(second));
+}
+
+// The parts of 32 numbers of any kind.
+inline void split_numbers(__m512 first, __m512 second, uint16_t* upper, uint16_t* rest) {
+    const __m512 limit = _mm512_set1_ps(0x1.fp127F);
+    const auto usual = [limit](__m512 x) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), limit, _CMP_LT_OQ); };
+    if ((usual(first) & usual(second)) == 0xFFFF) {
+        __m512i parts[2];
+        two_parts(first, second, parts[0], parts[1]);
+        _mm512_storeu_si512(upper, parts[0]);
+        _mm512_storeu_si512(rest, parts[1]);
+        return;
+    }
+    split_slowly(first, upper, rest);
+    split_slowly(second, upper + 16, rest + 16);
 }
 
 }  // namespace

@@ -141,19 +141,6 @@ inline __m512 share(__m512 x, __m512 top) {
     return _mm512_mul_ps(sum, power_of_two(_mm512_sub_ps(whole, top)));
 }
 
-// ---------------------------------------------------------------- two parts
-
-// 32 numbers: the nearest bf16 numbers, and those nearest to what these leave.
-inline void two_parts(__m512 first, __m512 second, __m512i& upper, __m512i& rest) {
-    const auto numbers = [](__m256i half) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    };
-    upper = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-    const __m512 a = _mm512_sub_ps(first, numbers(_mm512_castsi512_si256(upper)));
-    const __m512 b = _mm512_sub_ps(second, numbers(_mm512_extracti64x4_epi64(upper, 1)));
-    rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
-}
-
 // Each of the first half beside the one of the second.
 inline __m512i paired(__m512i halves) {
     const __m512i first = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

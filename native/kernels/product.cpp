@@ -448,8 +448,8 @@ void multiply_fp8(const Product& p, int64_t first, int64_t last) {
 void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
     if (format == Format::mxfp4_int8) return pack_row_int8(x, in, panels, panel_rows, row);
 #ifdef __AMX_BF16__
-    if (format == Format::bf16_split) return pack_row_split<Bf16Split>(x, in, panels, panel_rows, row);
-    if (format > Format::bf16_split) return pack_row_split<Fp8Split<uint8_t>>(x, in, panels, panel_rows, row);
+    if (format == Format::bf16_split) return pack_row_split<Bf16Split>(x, in, panels, row);
+    if (format > Format::bf16_split) return pack_row_split<Fp8Split<uint8_t>>(x, in, panels, row);
 #endif
     pack_any(format, x, in, panels, panel_rows, row);
 }

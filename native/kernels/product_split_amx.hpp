@@ -101,17 +101,17 @@ struct Bf16Split {
 
 // ---------------------------------------------------------------- activations
 
-// As [step][part][panel rows][32] bf16.
-inline uint16_t* split_row(void* panels, int64_t panel_rows, int64_t row, int64_t step, int64_t part) {
-    return static_cast<uint16_t*>(panels) + ((2 * step + part) * panel_rows + row) * kStepColumns;
+// As [row][step][part][32] bf16.
+inline uint16_t* split_row(void* panels, int64_t in, int64_t row, int64_t step) {
+    return static_cast<uint16_t*>(panels) + (row * steps_of(in) + step) * 2 * kStepColumns;
 }
 
 inline const uint16_t* split_row(const Product& p, int64_t i, int64_t step) {
-    return split_row(const_cast<float*>(p.panels), p.panel_rows, p.first_row + i, step, 0);
+    return split_row(const_cast<float*>(p.panels), p.weight.in, p.first_row + i, step);
 }
 
 template <class Weights>
-void pack_row_split(const float* x, int64_t in, void* panels, int64_t panel_rows, int64_t row) {
+void pack_row_split(const float* x, int64_t in, void* panels, int64_t row) {
     for (int64_t k = 0; k < in; k += Weights::kLine) {
         const int64_t steps = smaller(Weights::kLine / kStepColumns, steps_of(in - k));
         __m512 values[4];
@@ -121,10 +121,9 @@ void pack_row_split(const float* x, int64_t in, void* panels, int64_t panel_rows
             values[i] = _mm512_maskz_loadu_ps(there, x + k + 16 * i);
         }
         Weights::arrange(values, steps == 2);
-        for (int64_t i = 0; i < 2 * steps; ++i) {
-            const int64_t step = k / kStepColumns + i / 2, half = i % 2 * 16;
-            split_numbers(values[i], split_row(panels, panel_rows, row, step, 0) + half,
-                          split_row(panels, panel_rows, row, step, 1) + half);
+        for (int64_t i = 0; i < steps; ++i) {
+            uint16_t* const to = split_row(panels, in, row, k / kStepColumns + i);
+            split_numbers(values[2 * i], values[2 * i + 1], to, to + kStepColumns);
         }
     }
 }
@@ -185,13 +184,12 @@ struct SplitRight {
 };
 
 SplitRight right_of(const Product& p, uint32_t* memory) {
-    const int64_t steps = steps_of(p.weight.in), count = p.count, part = p.panel_rows * kStepColumns * 2;
-    const uint16_t* const from = split_row(p, 0, 0);
-    if (count == 1) return {reinterpret_cast<const uint8_t*>(from), 4, part, 2 * part};
+    const int64_t steps = steps_of(p.weight.in), count = p.count;
+    if (count == 1) return {reinterpret_cast<const uint8_t*>(split_row(p, 0, 0)), 4, 64, 128};
     for (int64_t i = 0; i < 2 * steps; ++i) {
         for (int64_t row = 0; row < count; ++row) {
             uint32_t pairs[16];
-            std::memcpy(pairs, from + (i * p.panel_rows + row) * kStepColumns, 64);
+            std::memcpy(pairs, split_row(p, row, 0) + i * kStepColumns, 64);
             for (int64_t j = 0; j < 16; ++j) memory[(i * 16 + j) * count + row] = pairs[j];
         }
     }
@@ -337,28 +335,37 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
 
 // ---------------------------------------------------------------- more: weights on the right
 
-// 32 activation rows, two tiles, times two groups of weight rows: sums of rows 0 with groups 0 and 1, then of rows 16.
-inline void multiply_right(const uint8_t* x, int64_t part_bytes, const SplitPanel* groups, int64_t from, int64_t to,
-                           SplitSums& sums) {
+// Up to 256 activation rows and 512 weight rows at a time. Of 512 columns the activations are laid tile after tile, and of
+// those the tiles of 32 rows and 128 columns, 16 KB, are at home in the first cache while 128 weight rows go by.
+constexpr int64_t kPair = 2 * kSplitSide;
+constexpr int64_t kNearPairs = 8, kNearSteps = 4, kWidePairs = 16;
+constexpr int64_t kPairFloats = kPair * kPair;
+
+// [block][pair][step][part][32 rows][32], of one panel of columns.
+inline uint16_t* near_rows(uint16_t* near, int64_t half, int64_t pair) {
+    return near + (half * kNearPairs + pair) * kNearSteps * 2 * kPair * kStepColumns;
+}
+
+// 128 columns of 32 activation rows with those of two groups of weight rows: sums of rows 0 with both, then of rows 16.
+inline void multiply_right(const uint16_t* x, const SplitPanel* groups, int64_t from, int64_t to, SplitSums& sums) {
+    constexpr int64_t part = kPair * kStepColumns, second = kSplitSide * kStepColumns;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t step = from; step < to; ++step) {
-        const uint8_t* const upper = x + 2 * step * part_bytes;
-        const uint8_t* const rest = upper + part_bytes;
+    for (int64_t step = from; step < to; ++step, x += 2 * part) {
         _tile_loadd(6, groups[0].words[step], 64);
-        _tile_loadd(4, upper, 64);
+        _tile_loadd(4, x, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, groups[1].words[step], 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, upper + kTileBytes, 64);
+        _tile_loadd(5, x + second, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(4, rest, 64);
+        _tile_loadd(4, x + part, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, rest + kTileBytes, 64);
+        _tile_loadd(5, x + part + second, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -368,68 +375,125 @@ inline void multiply_right(const uint8_t* x, int64_t part_bytes, const SplitPane
     _tile_stored(3, sums.of[3], 64);
 }
 
-// One panel of 32 activation rows from i on times two groups of weight rows from `row` on, or one.
-TENFOLD_APART void multiply_split_panel(const Product& p, const SplitPanel* groups, int64_t k, int64_t width, int64_t i,
-                                        int64_t row, int64_t last) {
-    alignas(64) float results[4][kSplitSide * kSplitSide];
-    SplitSums sums[2];
-    const auto each = [&](auto&& run) {
-        for (int tile = 0; tile < 4; ++tile) {
-            const int64_t first = row + tile % 2 * kSplitSide, token = i + tile / 2 * kSplitSide;
-            if (first >= last) continue;
-            const auto exist = static_cast<__mmask16>((1U << smaller(last - first, kSplitSide)) - 1);
-            for (int64_t t = 0; t < kSplitSide; ++t) {
-                run(y_row(p, token + t, first), exist, results[tile] + t * kSplitSide);
-            }
-        }
-    };
-    if (p.add || k > 0) {
-        each([](const float* y, __mmask16 exist, float* to) { _mm512_store_ps(to, _mm512_maskz_loadu_ps(exist, y)); });
-    } else {
-        std::memset(results, 0, sizeof(results));
-    }
-    const uint8_t* const x = reinterpret_cast<const uint8_t*>(split_row(p, i, k / kStepColumns));
-    const int64_t part_bytes = p.panel_rows * kStepColumns * 2;
-    const int64_t steps = steps_of(width), blocks = (steps + kScaleSteps - 1) / kScaleSteps;
-    settle_memory();
-    for (int64_t block = 0; block <= blocks; ++block) {  // one is multiplied while the one before is added
-        if (block < blocks) {
-            const int64_t from = block * kScaleSteps;
-            multiply_right(x, part_bytes, groups, from, smaller(from + kScaleSteps, steps), sums[block % 2]);
-            settle_memory();
-        }
-        if (block == 0) continue;
-        for (int tile = 0; tile < 4; ++tile) {
-            const __m512 scales = _mm512_load_ps(groups[tile % 2].scales[block - 1]);
-            const float* const of_tile = sums[(block - 1) % 2].of[tile];
-            for (int64_t at = 0; at < kSplitSide * kSplitSide; at += 16) {
-                const __m512 before = _mm512_load_ps(results[tile] + at);
-                _mm512_store_ps(results[tile] + at, _mm512_fmadd_ps(_mm512_load_ps(of_tile + at), scales, before));
-            }
+// Half a panel of 32 activation rows with two groups of weight rows.
+struct SplitUnit {
+    const SplitPanel* groups = nullptr;
+    float* results = nullptr;  // four tiles
+    int64_t block = 0, blocks = 0;  // of 128 columns
+};
+
+// Its sums take their scales and are added, block after block.
+inline void add_unit(const SplitUnit& unit, const SplitSums* sums) {
+    for (int tile = 0; tile < 4; ++tile) {
+        const float(*const scales)[kSplitSide] = unit.groups[tile % 2].scales + unit.block;
+        float* const to = unit.results + tile * kSplitSide * kSplitSide;
+        const __m512 first = _mm512_load_ps(scales[0]);
+        const __m512 second = _mm512_load_ps(scales[unit.blocks - 1]);
+        for (int64_t at = 0; at < kSplitSide * kSplitSide; at += kSplitSide) {
+            __m512 sum = _mm512_fmadd_ps(_mm512_load_ps(sums[0].of[tile] + at), first, _mm512_load_ps(to + at));
+            if (unit.blocks == 2) sum = _mm512_fmadd_ps(_mm512_load_ps(sums[1].of[tile] + at), second, sum);
+            _mm512_store_ps(to + at, sum);
         }
     }
-    each([](float* y, __mmask16 exist, const float* from) { _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(from)); });
+}
+
+// All pairs of activation rows with 128 weight rows or fewer, one panel of columns. One unit is multiplied while the one
+// before is added.
+TENFOLD_APART void multiply_near(uint16_t* near, const SplitPanel* groups, int64_t pairs, int64_t wide_pairs,
+                                 int64_t steps, float* results) {
+    constexpr TileShape whole = {kSplitSide, 64};
+    const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
+    SplitSums sums[2][2];
+    SplitUnit before;
+    int64_t turn = 0;
+    for (int64_t half = 0; half * kNearSteps < steps; ++half) {
+        const int64_t from = half * kNearSteps, stop = smaller(from + kNearSteps, steps);
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            const uint16_t* const x = near_rows(near, half, pair);
+            for (int64_t wide = 0; wide < wide_pairs; ++wide, turn = 1 - turn) {
+                SplitUnit unit{groups + 2 * wide, results + (pair * kWidePairs + wide) * kPairFloats,
+                               from / kScaleSteps, 0};
+                for (int64_t step = from; step < stop; step += kScaleSteps) {
+                    multiply_right(x + (step - from) * 2 * kPair * kStepColumns, unit.groups, step,
+                                   smaller(step + kScaleSteps, stop), sums[turn][unit.blocks++]);
+                }
+                settle_memory();
+                if (before.blocks > 0) add_unit(before, sums[1 - turn]);
+                before = unit;
+            }
+        }
+    }
+    if (before.blocks > 0) add_unit(before, sums[1 - turn]);
+}
+
+// The activation rows [i, i + 32 * pairs) of one panel of columns, brought near.
+inline void bring_near(const Product& p, int64_t i, int64_t pairs, int64_t k, int64_t steps, uint16_t* near) {
+    for (int64_t r = 0; r < pairs * kPair; ++r) {
+        const uint16_t* const from = split_row(p, i + r, k / kStepColumns);
+        for (int64_t step = 0; step < steps; ++step) {
+            uint16_t* const to = near_rows(near, step / kNearSteps, r / kPair) +
+                                 (step % kNearSteps * 2 * kPair + r % kPair) * kStepColumns;
+            for (int64_t part = 0; part < 2; ++part) {
+                const __m512i line = _mm512_loadu_si512(from + (2 * step + part) * kStepColumns);
+                _mm512_store_si512(to + part * kPair * kStepColumns, line);
+            }
+        }
+    }
+}
+
+// Results, tile by tile, and the rows of y they belong to.
+template <class Run>
+inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row, int64_t last, const Run& run) {
+    for (int64_t token = 0; token < pairs * kPair; ++token) {
+        float* const y = y_row(p, i + token, row);
+        for (int64_t r = row; r < last; r += kSplitSide) {
+            const int64_t column = r - row, half = token % kPair / kSplitSide, side = column % kPair / kSplitSide;
+            const int64_t place = (token / kPair * kWidePairs + column / kPair) * kPairFloats +
+                                  ((2 * half + side) * kSplitSide + token % kSplitSide) * kSplitSide;
+            const auto exist = static_cast<__mmask16>((1U << smaller(last - r, kSplitSide)) - 1);
+            run(y + column, exist, place);
+        }
+    }
 }
 
 template <class Weights>
 void multiply_more_split(const Product& p, int64_t first, int64_t last) {
-    constexpr TileShape whole = {kSplitSide, 64};
-    constexpr int64_t kTogether = kSplitGroups * kSplitSide, kPair = 2 * kSplitSide;
+    constexpr int64_t kWide = kWidePairs * kPair, kTogether = kSplitGroups * kSplitSide;
     const Weights weights(p.weight);
-    SplitPanel panels[kSplitGroups];
-    for (int64_t row = first; row < last; row += kTogether) {
-        const int64_t stop = smaller(row + kTogether, last);
-        for (int64_t k = 0; k < p.weight.in; k += kPanel) {
-            const int64_t width = smaller(kPanel, p.weight.in - k);
-            for (int64_t r = row; r < round_up(stop - row, kPair) + row; r += kSplitSide) {
-                unpack_split(p.weight, weights, r, stop, k, width, panels[(r - row) / kSplitSide]);
+    const int64_t most_pairs = smaller(p.count / kPair, kNearPairs);
+    const int64_t near_numbers = kPanelSteps / kNearSteps * kNearPairs * kNearSteps * 2 * kPair * kStepColumns;
+    const int64_t result_numbers = most_pairs * kWidePairs * kPairFloats;
+    Scratch memory(Scratch::bytes_of<uint16_t>(near_numbers) + Scratch::bytes_of<float>(result_numbers) +
+                       Scratch::bytes_of<SplitPanel>(kSplitGroups),
+                   false);
+    uint16_t* const near = memory.take<uint16_t>(near_numbers);
+    float* const results = memory.take<float>(result_numbers);
+    SplitPanel* const panels = memory.take<SplitPanel>(kSplitGroups);
+    for (int64_t i = 0; i < p.count; i += kNearPairs * kPair) {
+        const int64_t pairs = smaller(p.count - i, kNearPairs * kPair) / kPair;
+        for (int64_t row = first; row < last; row += kWide) {
+            const int64_t stop = smaller(row + kWide, last);
+            std::memset(results, 0, static_cast<size_t>(result_numbers) * sizeof(float));
+            if (p.add) {
+                each_result(p, i, pairs, row, stop, [=](const float* y, __mmask16 exist, int64_t place) {
+                    _mm512_store_ps(results + place, _mm512_maskz_loadu_ps(exist, y));
+                });
             }
-            const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
-            for (int64_t i = 0; i < p.count; i += kPair) {
-                for (int64_t r = row; r < stop; r += kPair) {
-                    multiply_split_panel(p, panels + (r - row) / kSplitSide, k, width, i, r, stop);
+            for (int64_t k = 0; k < p.weight.in; k += kPanel) {
+                const int64_t width = smaller(kPanel, p.weight.in - k), steps = steps_of(width);
+                bring_near(p, i, pairs, k, steps, near);
+                for (int64_t r = row; r < stop; r += kTogether) {
+                    const int64_t wide_pairs = (smaller(kTogether, stop - r) + kPair - 1) / kPair;
+                    for (int64_t group = 0; group < 2 * wide_pairs; ++group) {
+                        unpack_split(p.weight, weights, r + group * kSplitSide, stop, k, width, panels[group]);
+                    }
+                    settle_memory();
+                    multiply_near(near, panels, pairs, wide_pairs, steps, results + (r - row) / kPair * kPairFloats);
                 }
             }
+            each_result(p, i, pairs, row, stop, [=](float* y, __mmask16 exist, int64_t place) {
+                _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(results + place));
+            });
         }
     }
 }
@@ -437,7 +501,6 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
 // Rows that fill no pair of tiles go by with weights on the left, sixteen at most at a time.
 template <class Weights>
 void multiply_split(const Product& p, int64_t first, int64_t last) {
-    constexpr int64_t kPair = 2 * kSplitSide;
     Product part = p;
     const auto run = [&](int64_t from, int64_t count, auto&& multiply_part) {
         part.first_row = p.first_row + from;
