@@ -433,7 +433,7 @@ bool suits_tiles(const Attention& call) {
         const RowLayout &layout = call.sources[i].layout, &first = call.sources[0].layout;
         if (!suits_tiles(layout) || __builtin_memcmp(&layout, &first, sizeof first) != 0) return false;
     }
-    return call.num_sources > 0;
+    return call.num_sources > 0 && call.heads >= kFewestHeads;
 }
 
 #endif

@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kTileSide = 16;  // rows of a tile: heads, packed rows, or pairs of either's
 constexpr int64_t kTile = 1024;    // its bytes
 constexpr int64_t kTileFloats = 256;
+constexpr int64_t kFewestHeads = 8;  // fewer leave too much of a tile empty
 constexpr int64_t kStepRows = 32, kBlockSteps = 4, kBlockRows = kStepRows * kBlockSteps;
 constexpr int64_t kAskAtFirst = 16;     // rows of which the first line is asked for before anything else
 constexpr int64_t kNearSteps = 8;       // of channels: 32 KB of two tiles of heads, within the first cache

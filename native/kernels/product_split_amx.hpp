@@ -336,14 +336,16 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
 // ---------------------------------------------------------------- more: weights on the right
 
 // Up to 256 activation rows and 512 weight rows at a time. Of 512 columns the activations are laid tile after tile, and of
-// those the tiles of 32 rows and 128 columns, 16 KB, are at home in the first cache while 128 weight rows go by.
+// those the tiles of 32 rows and a block of 128 columns, 16 KB, are at home in the first cache while 128 weight rows go by.
 constexpr int64_t kPair = 2 * kSplitSide;
-constexpr int64_t kNearPairs = 8, kNearSteps = 4, kWidePairs = 16;
+constexpr int64_t kNearPairs = 8, kRowPairs = 16;  // pairs of tiles of activation rows, and of weight rows
 constexpr int64_t kPairFloats = kPair * kPair;
 
+inline int64_t pairs_of(int64_t rows) { return (rows + kPair - 1) / kPair; }
+
 // [block][pair][step][part][32 rows][32], of one panel of columns.
-inline uint16_t* near_rows(uint16_t* near, int64_t half, int64_t pair) {
-    return near + (half * kNearPairs + pair) * kNearSteps * 2 * kPair * kStepColumns;
+inline uint16_t* near_rows(uint16_t* near, int64_t block, int64_t pair) {
+    return near + (block * kNearPairs + pair) * kScaleSteps * 2 * kPair * kStepColumns;
 }
 
 // 128 columns of 32 activation rows with those of two groups of weight rows: sums of rows 0 with both, then of rows 16.
@@ -375,55 +377,49 @@ inline void multiply_right(const uint16_t* x, const SplitPanel* groups, int64_t 
     _tile_stored(3, sums.of[3], 64);
 }
 
-// Half a panel of 32 activation rows with two groups of weight rows.
+// A block of 32 activation rows with two groups of weight rows.
 struct SplitUnit {
-    const SplitPanel* groups = nullptr;
-    float* results = nullptr;  // four tiles
-    int64_t block = 0, blocks = 0;  // of 128 columns
+    const SplitPanel* groups;
+    float* results;  // four tiles
+    int64_t block;
+    bool first;  // there are no results yet
 };
 
-// Its sums take their scales and are added, block after block.
-inline void add_unit(const SplitUnit& unit, const SplitSums* sums) {
+// Its sums take their scales and are added.
+inline void add_unit(const SplitUnit& unit, const SplitSums& sums) {
     for (int tile = 0; tile < 4; ++tile) {
-        const float(*const scales)[kSplitSide] = unit.groups[tile % 2].scales + unit.block;
+        const __m512 scales = _mm512_load_ps(unit.groups[tile % 2].scales[unit.block]);
         float* const to = unit.results + tile * kSplitSide * kSplitSide;
-        const __m512 first = _mm512_load_ps(scales[0]);
-        const __m512 second = _mm512_load_ps(scales[unit.blocks - 1]);
         for (int64_t at = 0; at < kSplitSide * kSplitSide; at += kSplitSide) {
-            __m512 sum = _mm512_fmadd_ps(_mm512_load_ps(sums[0].of[tile] + at), first, _mm512_load_ps(to + at));
-            if (unit.blocks == 2) sum = _mm512_fmadd_ps(_mm512_load_ps(sums[1].of[tile] + at), second, sum);
-            _mm512_store_ps(to + at, sum);
+            const __m512 begun = unit.first ? _mm512_setzero_ps() : _mm512_load_ps(to + at);
+            _mm512_store_ps(to + at, _mm512_fmadd_ps(_mm512_load_ps(sums.of[tile] + at), scales, begun));
         }
     }
 }
 
 // All pairs of activation rows with 128 weight rows or fewer, one panel of columns. One unit is multiplied while the one
-// before is added.
+// before is added. Results of the next pair of activation rows lie `row_pairs` pairs further on.
 TENFOLD_APART void multiply_near(uint16_t* near, const SplitPanel* groups, int64_t pairs, int64_t wide_pairs,
-                                 int64_t steps, float* results) {
+                                 int64_t steps, float* results, int64_t row_pairs, bool first) {
     constexpr TileShape whole = {kSplitSide, 64};
     const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
-    SplitSums sums[2][2];
-    SplitUnit before;
+    SplitSums sums[2];
+    SplitUnit before{};
     int64_t turn = 0;
-    for (int64_t half = 0; half * kNearSteps < steps; ++half) {
-        const int64_t from = half * kNearSteps, stop = smaller(from + kNearSteps, steps);
+    for (int64_t block = 0; block * kScaleSteps < steps; ++block) {
+        const int64_t from = block * kScaleSteps, stop = smaller(from + kScaleSteps, steps);
         for (int64_t pair = 0; pair < pairs; ++pair) {
-            const uint16_t* const x = near_rows(near, half, pair);
             for (int64_t wide = 0; wide < wide_pairs; ++wide, turn = 1 - turn) {
-                SplitUnit unit{groups + 2 * wide, results + (pair * kWidePairs + wide) * kPairFloats,
-                               from / kScaleSteps, 0};
-                for (int64_t step = from; step < stop; step += kScaleSteps) {
-                    multiply_right(x + (step - from) * 2 * kPair * kStepColumns, unit.groups, step,
-                                   smaller(step + kScaleSteps, stop), sums[turn][unit.blocks++]);
-                }
+                float* const to = results + (pair * row_pairs + wide) * kPairFloats;
+                const SplitUnit unit{groups + 2 * wide, to, block, first && block == 0};
+                multiply_right(near_rows(near, block, pair), unit.groups, from, stop, sums[turn]);
                 settle_memory();
-                if (before.blocks > 0) add_unit(before, sums[1 - turn]);
+                if (before.results != nullptr) add_unit(before, sums[1 - turn]);
                 before = unit;
             }
         }
     }
-    if (before.blocks > 0) add_unit(before, sums[1 - turn]);
+    if (before.results != nullptr) add_unit(before, sums[1 - turn]);
 }
 
 // The activation rows [i, i + 32 * pairs) of one panel of columns, brought near.
@@ -431,8 +427,8 @@ inline void bring_near(const Product& p, int64_t i, int64_t pairs, int64_t k, in
     for (int64_t r = 0; r < pairs * kPair; ++r) {
         const uint16_t* const from = split_row(p, i + r, k / kStepColumns);
         for (int64_t step = 0; step < steps; ++step) {
-            uint16_t* const to = near_rows(near, step / kNearSteps, r / kPair) +
-                                 (step % kNearSteps * 2 * kPair + r % kPair) * kStepColumns;
+            uint16_t* const to = near_rows(near, step / kScaleSteps, r / kPair) +
+                                 (step % kScaleSteps * 2 * kPair + r % kPair) * kStepColumns;
             for (int64_t part = 0; part < 2; ++part) {
                 const __m512i line = _mm512_loadu_si512(from + (2 * step + part) * kStepColumns);
                 _mm512_store_si512(to + part * kPair * kStepColumns, line);
@@ -444,11 +440,12 @@ inline void bring_near(const Product& p, int64_t i, int64_t pairs, int64_t k, in
 // Results, tile by tile, and the rows of y they belong to.
 template <class Run>
 inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row, int64_t last, const Run& run) {
+    const int64_t row_pairs = pairs_of(last - row);
     for (int64_t token = 0; token < pairs * kPair; ++token) {
         float* const y = y_row(p, i + token, row);
         for (int64_t r = row; r < last; r += kSplitSide) {
             const int64_t column = r - row, half = token % kPair / kSplitSide, side = column % kPair / kSplitSide;
-            const int64_t place = (token / kPair * kWidePairs + column / kPair) * kPairFloats +
+            const int64_t place = (token / kPair * row_pairs + column / kPair) * kPairFloats +
                                   ((2 * half + side) * kSplitSide + token % kSplitSide) * kSplitSide;
             const auto exist = static_cast<__mmask16>((1U << smaller(last - r, kSplitSide)) - 1);
             run(y + column, exist, place);
@@ -458,11 +455,12 @@ inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row,
 
 template <class Weights>
 void multiply_more_split(const Product& p, int64_t first, int64_t last) {
-    constexpr int64_t kWide = kWidePairs * kPair, kTogether = kSplitGroups * kSplitSide;
+    constexpr int64_t kRows = kRowPairs * kPair, kTogether = kSplitGroups * kSplitSide;
     const Weights weights(p.weight);
-    const int64_t most_pairs = smaller(p.count / kPair, kNearPairs);
-    const int64_t near_numbers = kPanelSteps / kNearSteps * kNearPairs * kNearSteps * 2 * kPair * kStepColumns;
-    const int64_t result_numbers = most_pairs * kWidePairs * kPairFloats;
+    const int64_t blocks = (smaller(p.weight.in, kPanel) + 127) / 128;
+    const int64_t near_numbers = blocks * kNearPairs * kScaleSteps * 2 * kPair * kStepColumns;
+    const int64_t result_numbers =
+        smaller(p.count / kPair, kNearPairs) * smaller(pairs_of(last - first), kRowPairs) * kPairFloats;
     Scratch memory(Scratch::bytes_of<uint16_t>(near_numbers) + Scratch::bytes_of<float>(result_numbers) +
                        Scratch::bytes_of<SplitPanel>(kSplitGroups),
                    false);
@@ -471,9 +469,8 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
     SplitPanel* const panels = memory.take<SplitPanel>(kSplitGroups);
     for (int64_t i = 0; i < p.count; i += kNearPairs * kPair) {
         const int64_t pairs = smaller(p.count - i, kNearPairs * kPair) / kPair;
-        for (int64_t row = first; row < last; row += kWide) {
-            const int64_t stop = smaller(row + kWide, last);
-            std::memset(results, 0, static_cast<size_t>(result_numbers) * sizeof(float));
+        for (int64_t row = first; row < last; row += kRows) {
+            const int64_t stop = smaller(row + kRows, last), row_pairs = pairs_of(stop - row);
             if (p.add) {
                 each_result(p, i, pairs, row, stop, [=](const float* y, __mmask16 exist, int64_t place) {
                     _mm512_store_ps(results + place, _mm512_maskz_loadu_ps(exist, y));
@@ -483,12 +480,13 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
                 const int64_t width = smaller(kPanel, p.weight.in - k), steps = steps_of(width);
                 bring_near(p, i, pairs, k, steps, near);
                 for (int64_t r = row; r < stop; r += kTogether) {
-                    const int64_t wide_pairs = (smaller(kTogether, stop - r) + kPair - 1) / kPair;
+                    const int64_t wide_pairs = pairs_of(smaller(kTogether, stop - r));
                     for (int64_t group = 0; group < 2 * wide_pairs; ++group) {
                         unpack_split(p.weight, weights, r + group * kSplitSide, stop, k, width, panels[group]);
                     }
                     settle_memory();
-                    multiply_near(near, panels, pairs, wide_pairs, steps, results + (r - row) / kPair * kPairFloats);
+                    multiply_near(near, panels, pairs, wide_pairs, steps, results + (r - row) / kPair * kPairFloats,
+                                  row_pairs, k == 0 && !p.add);
                 }
             }
             each_result(p, i, pairs, row, stop, [=](float* y, __mmask16 exist, int64_t place) {
