@@ -20,7 +20,8 @@ struct OpenMp {
 // Set once, before the first kernel runs.
 void use_openmp(const OpenMp& runtime);
 
-// Runs body(context, worker, workers) on `threads` threads at once and returns when all are done.
+// Runs body(context, worker, workers) on `threads` threads at once, or within `together` on those that stand by, and
+// returns when all are done.
 void parallel(int32_t threads, void (*body)(void* context, int32_t worker, int32_t workers), void* context);
 
 // Calls run(context) on this thread while `threads` - 1 others stand by: each `parallel` in it then costs a cache line

@@ -92,7 +92,7 @@ class Layer(Protocol):
         """The first half; `h` stays as it is."""
 
     def feed(self, h: Tensor, step: Step) -> None:
-        """The second half, to `h` itself; but for the experts, which get all at once, tile by tile of the step."""
+        """The second half, to `h` itself: tile by tile of the step, but what is multiplied gets all at once."""
 
 
 def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
