@@ -35,6 +35,59 @@ public:
 // Tiles are loaded from memory and stored there, which a compiler may not know.
 inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
 
+constexpr int64_t kTileSide = 16;  // rows of a tile
+constexpr int64_t kTileBytes = 1024, kTileFloats = 256;
+
+// Tiles 0 to 3 are the sums of a pair of tiles by another, or 0 and 1 alone. They begin with zeros or with what lies at
+// `first` and, for 2 and 3, at `others`.
+template <int pairs>
+inline void begin_sums(bool zeros, const float* first, const float* others) {
+    if (zeros) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (pairs == 2) _tile_zero(2);
+        if (pairs == 2) _tile_zero(3);
+        return;
+    }
+    _tile_loadd(0, first, 64);
+    _tile_loadd(1, first + kTileFloats, 64);
+    if (pairs == 2) _tile_loadd(2, others, 64);
+    if (pairs == 2) _tile_loadd(3, others + kTileFloats, 64);
+}
+
+template <int pairs>
+inline void store_sums(float* first, float* others) {
+    _tile_stored(0, first, 64);
+    _tile_stored(1, first + kTileFloats, 64);
+    if (pairs == 2) _tile_stored(2, others, 64);
+    if (pairs == 2) _tile_stored(3, others + kTileFloats, 64);
+}
+
+// Adds two tiles on the right times one on the left, to sums 0 and 1, and times another, to 2 and 3. What is on the left
+// is in two parts, of which the second lies `rest` bytes behind the first.
+template <int pairs>
+inline void add_split_left(const uint8_t* left, const uint8_t* other, int64_t rest, const uint8_t* right,
+                           const uint8_t* next) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, next, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (pairs == 2) {
+        _tile_loadd(5, other, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_loadd(4, left + rest, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (pairs == 2) {
+        _tile_loadd(5, other + rest, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
 // Two e2m1 codes lie in a byte; the table has twice the number of each code.
 inline __m512i even_codes(__m512i pairs) { return _mm512_and_si512(pairs, _mm512_set1_epi8(15)); }
 inline __m512i odd_codes(__m512i pairs) { return even_codes(_mm512_srli_epi16(pairs, 4)); }
@@ -122,7 +175,7 @@ inline __m512i nearest_bf16(__m512i bits) {
     return _mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7FFF));
 }
 
-// The same as numbers, in vectors of their own.
+// bf16 numbers as float32.
 inline __m512 bf16_numbers(__m256i half) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }

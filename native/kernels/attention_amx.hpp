@@ -16,9 +16,6 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int64_t kTileSide = 16;  // rows of a tile: heads, packed rows, or pairs of either's
-constexpr int64_t kTile = 1024;    // its bytes
-constexpr int64_t kTileFloats = 256;
 constexpr int64_t kFewestHeads = 8;  // fewer leave too much of a tile empty
 constexpr int64_t kStepRows = 32, kBlockSteps = 4, kBlockRows = kStepRows * kBlockSteps;
 constexpr int64_t kAskAtFirst = 16;     // rows of which the first line is asked for before anything else
@@ -176,11 +173,11 @@ struct TilePieces {
     template <class Take>
     void lay_out(const Attention& c, Take& take) {
         const int64_t each = c.tile * head_tiles;
-        take(k, kBlockRows / kTileSide * steps * kTile);
-        take(v, kBlockSteps * 2 * kTile);
+        take(k, kBlockRows / kTileSide * steps * kTileBytes);
+        take(v, kBlockSteps * 2 * kTileBytes);
         take(scores, head_tiles * kBlockRows * kTileSide);
-        take(shares, head_tiles * kBlockSteps * 2 * kTile);
-        take(q, each * steps * 2 * kTile);
+        take(shares, head_tiles * kBlockSteps * 2 * kTileBytes);
+        take(q, each * steps * 2 * kTileBytes);
         take(sums, each * values * kTileFloats);
         take(top, each * kTileSide);
         take(total, each * kTileSide);
@@ -273,13 +270,13 @@ private:
                 top_of = __builtin_ceilf(sink);
                 total_of = _mm512_cvtss_f32(share(_mm512_set1_ps(sink), _mm512_set1_ps(top_of)));
             }
-            uint8_t* const to = q + (i * head_tiles + tile) * steps * 2 * kTile;
+            uint8_t* const to = q + (i * head_tiles + tile) * steps * 2 * kTileBytes;
             for (int64_t at = 0; at < 2 * steps; ++at) {
                 __m512i lines[16];
                 const uint16_t* const from = split + at * kTileSide * kStepRows;
                 for (int r = 0; r < 16; ++r) lines[r] = _mm512_load_si512(from + r * kStepRows);
                 transpose_lines(lines);
-                for (int r = 0; r < 16; ++r) _mm512_store_si512(to + at * kTile + r * 64, lines[r]);
+                for (int r = 0; r < 16; ++r) _mm512_store_si512(to + at * kTileBytes + r * 64, lines[r]);
             }
         }
     }
@@ -329,10 +326,10 @@ private:
     // Says false where the quick way was the wrong one.
     template <bool quick>
     bool decode_pair(const uint8_t* first, const uint8_t* second, int64_t r) const {
-        uint8_t* const to = k + r / kTileSide * steps * kTile + r % kTileSide * 64;
+        uint8_t* const to = k + r / kTileSide * steps * kTileBytes + r % kTileSide * 64;
         const auto put = [=](int64_t step, __m512i a, __m512i b) {
-            _mm512_store_si512(to + step * kTile, a);
-            _mm512_store_si512(to + step * kTile + 64, b);
+            _mm512_store_si512(to + step * kTileBytes, a);
+            _mm512_store_si512(to + step * kTileBytes + 64, b);
         };
         int64_t step = 0;
         bool right = true;
@@ -357,15 +354,15 @@ private:
 
     // A step of channels of all rows: of two rows each, the numbers of a channel beside each other.
     void pair_rows(int64_t step, int64_t row_steps) const {
-        const uint8_t* from = k + step * kTile;
+        const uint8_t* from = k + step * kTileBytes;
         uint8_t* to = v;
-        for (int64_t tile = 0; tile < 2 * row_steps; ++tile, from += steps * kTile) {
+        for (int64_t tile = 0; tile < 2 * row_steps; ++tile, from += steps * kTileBytes) {
             for (int64_t r = 0; r < kTileSide; r += 2, to += 64) {
                 const __m512i a = _mm512_load_si512(from + r * 64), b = _mm512_load_si512(from + (r + 1) * 64);
                 _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
-                _mm512_store_si512(to + kTile, _mm512_unpackhi_epi16(a, b));
+                _mm512_store_si512(to + kTileBytes, _mm512_unpackhi_epi16(a, b));
             }
-            if (tile % 2 == 1) to += kTile;
+            if (tile % 2 == 1) to += kTileBytes;
         }
     }
 
@@ -402,55 +399,39 @@ private:
     }
 
     // Scores of 32 rows with one tile of heads or two, by some steps of channels: a part of a query that the first cache
-    // holds while the rows of a block go by. Sums of rows 0 and 16 with the first heads are tiles 0 and 2.
+    // holds while the rows of a block go by. Tiles 0 and 1 are rows 0 and 16 with the first heads.
     template <int sides, class Asking>
     TENFOLD_APART void score(int64_t head, int64_t tile, int64_t row_step, int64_t from, Asking& ahead,
                              int64_t each) const {
-        const uint8_t* rows = k + (row_step * 2 * steps + from) * kTile;
-        const uint8_t* heads = q + ((head + tile) * steps + from) * 2 * kTile;
-        const int64_t other_rows = steps * kTile, other_heads = steps * 2 * kTile;
+        const uint8_t* rows = k + (row_step * 2 * steps + from) * kTileBytes;
+        const uint8_t* heads = q + ((head + tile) * steps + from) * 2 * kTileBytes;
+        const int64_t other_rows = steps * kTileBytes, other_heads = steps * 2 * kTileBytes;
         float* const to = scores + (tile * kBlockRows + row_step * kStepRows) * kTileSide;
         float* const others = to + kBlockRows * kTileSide;
-        if (from == 0) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        } else {
-            _tile_loadd(0, to, 64);
-            _tile_loadd(2, to + kTileFloats, 64);
-            if (sides == 2) {
-                _tile_loadd(1, others, 64);
-                _tile_loadd(3, others + kTileFloats, 64);
-            }
-        }
+        begin_sums<sides>(from == 0, to, others);
         const int64_t stop = smaller(from + kNearSteps, steps);
-        for (int64_t step = from; step < stop; ++step, rows += kTile, heads += 2 * kTile) {
+        for (int64_t step = from; step < stop; ++step, rows += kTileBytes, heads += 2 * kTileBytes) {
             ahead.ask(each);
             _tile_loadd(4, rows, 64);
             _tile_loadd(6, heads, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(5, rows + other_rows, 64);
-            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(1, 5, 6);
             if (sides == 2) {
                 _tile_loadd(7, heads + other_heads, 64);
-                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_loadd(6, heads + kTile, 64);
+            _tile_loadd(6, heads + kTileBytes, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(1, 5, 6);
             if (sides == 2) {
-                _tile_loadd(7, heads + other_heads + kTile, 64);
-                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(7, heads + other_heads + kTileBytes, 64);
+                _tile_dpbf16ps(2, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
-        _tile_stored(0, to, 64);
-        _tile_stored(2, to + kTileFloats, 64);
-        if (sides == 1) return;
-        _tile_stored(1, others, 64);
-        _tile_stored(3, others + kTileFloats, 64);
+        store_sums<sides>(to, others);
     }
 
     // Moves the reference points of a tile of heads up to the largest score, and with them what was summed so far.
@@ -482,7 +463,7 @@ private:
     // Scores of a tile of heads become shares, which are added to the heads' totals row by row.
     TENFOLD_APART void to_shares(int64_t head, int64_t tile, int64_t count) const {
         const float* from = scores + tile * kBlockRows * kTileSide;
-        uint8_t* to = shares + tile * kBlockSteps * 2 * kTile;
+        uint8_t* to = shares + tile * kBlockSteps * 2 * kTileBytes;
         const __m512 tops = _mm512_load_ps(top + head * kTileSide);
         __m512 sum = _mm512_load_ps(total + head * kTileSide);
         const auto next = [&](int64_t r) {
@@ -491,7 +472,7 @@ private:
             sum = _mm512_add_ps(sum, part);
             return part;
         };
-        for (int64_t r = 0; r < count; r += kStepRows, to += 2 * kTile) {
+        for (int64_t r = 0; r < count; r += kStepRows, to += 2 * kTileBytes) {
             __m512i upper[16], rest[16];
             for (int i = 0; i < 16; ++i) {
                 const __m512 even = next(r + 2 * i), odd = next(r + 2 * i + 1);
@@ -503,7 +484,7 @@ private:
             transpose_lines(rest);
             for (int i = 0; i < 16; ++i) {
                 _mm512_store_si512(to + i * 64, upper[i]);
-                _mm512_store_si512(to + kTile + i * 64, rest[i]);
+                _mm512_store_si512(to + kTileBytes + i * 64, rest[i]);
             }
         }
         _mm512_store_ps(total + head * kTileSide, sum);
@@ -514,49 +495,16 @@ private:
     TENFOLD_APART void add_values(int64_t head, int64_t tile, int64_t channel, int64_t row_steps, bool first,
                                   Asking& ahead, int64_t each) const {
         const uint8_t* rows = v;
-        const uint8_t* parts = shares + tile * kBlockSteps * 2 * kTile;
+        const uint8_t* parts = shares + tile * kBlockSteps * 2 * kTileBytes;
         float* const to = sums + ((head + tile) * values + channel) * kTileFloats;
         float* const others = to + values * kTileFloats;
-        constexpr int64_t other_parts = kBlockSteps * 2 * kTile;
-        if (first) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        } else {
-            _tile_loadd(0, to, 64);
-            _tile_loadd(1, to + kTileFloats, 64);
-            if (sides == 2) {
-                _tile_loadd(2, others, 64);
-                _tile_loadd(3, others + kTileFloats, 64);
-            }
-        }
-        for (int64_t step = 0; step < row_steps; ++step, rows += 2 * kTile, parts += 2 * kTile) {
+        constexpr int64_t other_parts = kBlockSteps * 2 * kTileBytes;
+        begin_sums<sides>(first, to, others);
+        for (int64_t step = 0; step < row_steps; ++step, rows += 2 * kTileBytes, parts += 2 * kTileBytes) {
             ahead.ask(each);
-            _tile_loadd(4, parts, 64);
-            _tile_loadd(6, rows, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, rows + kTile, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            if (sides == 2) {
-                _tile_loadd(5, parts + other_parts, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_loadd(4, parts + kTile, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if (sides == 2) {
-                _tile_loadd(5, parts + other_parts + kTile, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+            add_split_left<sides>(parts, parts + other_parts, kTileBytes, rows, rows + kTileBytes);
         }
-        _tile_stored(0, to, 64);
-        _tile_stored(1, to + kTileFloats, 64);
-        if (sides == 1) return;
-        _tile_stored(2, others, 64);
-        _tile_stored(3, others + kTileFloats, 64);
+        store_sums<sides>(to, others);
     }
 
     // -------------------------------------------------------- the result

@@ -13,9 +13,7 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int64_t kSplitSide = 16;    // rows of a tile
 constexpr int64_t kStepColumns = 32;  // of one instruction
-constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kScaleSteps = 4;  // under one scale
 constexpr int64_t kPanelSteps = kPanel / kStepColumns;
 constexpr int64_t kPanelScales = kPanelSteps / kScaleSteps;
@@ -34,7 +32,7 @@ struct Constant {
 // A panel of sixteen weight rows, tile after tile, and the scales of its blocks.
 struct SplitPanel {
     alignas(64) uint8_t words[kPanelSteps][kTileBytes];
-    alignas(64) float scales[kPanelScales][kSplitSide];
+    alignas(64) float scales[kPanelScales][kTileSide];
 };
 
 // The columns of a line of 64 bytes of a row in the order of its steps, and how that line becomes rows of tiles.
@@ -51,7 +49,7 @@ struct Fp8Split {
         row = smaller(row, last - 1);
         const Scale* const of_row = scale + row / 128 * scales_of_row + block;
         const int64_t same = 128 - row % 128;
-        const bool two = same < kSplitSide && row + same < last;
+        const bool two = same < kTileSide && row + same < last;
         const __m512 first = _mm512_set1_ps(scale_of(of_row[0]));
         const __m512 others = _mm512_set1_ps(two ? scale_of(of_row[scales_of_row]) : 0.0F);
         _mm512_store_ps(to, _mm512_mask_mov_ps(first, static_cast<__mmask16>(two ? 0xFFFF << same : 0), others));
@@ -132,11 +130,11 @@ void pack_row_split(const float* x, int64_t in, void* panels, int64_t row) {
 
 // Columns [k, k + width) of sixteen weight rows, the last one again where there are fewer.
 struct SplitRows {
-    const uint8_t* at[kSplitSide] = {};
+    const uint8_t* at[kTileSide] = {};
 
     SplitRows() = default;
     SplitRows(const Matrix& m, int64_t code_bytes, int64_t row, int64_t last, int64_t k) {
-        for (int64_t r = 0; r < kSplitSide; ++r) {
+        for (int64_t r = 0; r < kTileSide; ++r) {
             at[r] = static_cast<const uint8_t*>(m.codes) + (smaller(row + r, last - 1) * m.in + k) * code_bytes;
         }
     }
@@ -155,7 +153,7 @@ TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t
     constexpr int64_t kBytes = Weights::kCodeBytes;
     const SplitRows rows(m, kBytes, row, last, k);
     const int64_t next = smaller(width, m.in - k - width);
-    const int64_t ahead = next > 0 ? width : kSplitSide * m.in - k;  // in these rows or in the next sixteen
+    const int64_t ahead = next > 0 ? width : kTileSide * m.in - k;  // in these rows or in the next sixteen
     for (const uint8_t* codes : rows.at) prefetch_lines(codes + ahead * kBytes, (next > 0 ? next : width) * kBytes);
     for (int64_t from = 0; from < width; from += Weights::kLine) {
         __m512i v[16];
@@ -172,7 +170,7 @@ TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t
 
 // Sums of 128 columns from four tiles.
 struct SplitSums {
-    alignas(64) float of[4][kSplitSide * kSplitSide];
+    alignas(64) float of[4][kTileFloats];
 };
 
 // ---------------------------------------------------------------- few activation rows: weights on the left
@@ -216,7 +214,7 @@ struct SplitPlace {
 
     SplitPlace(int64_t of_row, int64_t of_k, int64_t in) : row(of_row), k(of_k), width(smaller(kFewPanel, in - of_k)) {}
     SplitPlace next(int64_t in) const {
-        return k + kFewPanel < in ? SplitPlace(row, k + kFewPanel, in) : SplitPlace(row + kSplitSide, 0, in);
+        return k + kFewPanel < in ? SplitPlace(row, k + kFewPanel, in) : SplitPlace(row + kTileSide, 0, in);
     }
 };
 
@@ -271,7 +269,7 @@ inline void add_scaled(const float* sums, const float* scales, int64_t count, fl
         return _mm512_store_ps(results, sum);
     }
     const auto all = static_cast<__mmask16>((1U << count) - 1);
-    for (int64_t r = 0; r < kSplitSide; ++r) {
+    for (int64_t r = 0; r < kTileSide; ++r) {
         float* const to = results + r * 16;
         const __m512 sum = _mm512_maskz_load_ps(all, sums + r * 16);
         _mm512_store_ps(to, _mm512_fmadd_ps(sum, _mm512_set1_ps(scales[r]), _mm512_load_ps(to)));
@@ -286,20 +284,20 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
     Scratch memory(Scratch::bytes_of<uint32_t>(words));
     const SplitRight x = right_of(p, memory.take<uint32_t>(words));
     const int64_t apart = count == 1 ? 1 : 16;  // floats from one weight row's results to the next
-    constexpr TileShape whole = {kSplitSide, 64};
-    const TileShape narrow = {kSplitSide, 4 * count};
+    constexpr TileShape whole = {kTileSide, 64};
+    const TileShape narrow = {kTileSide, 4 * count};
     const Tiles tiles({narrow, narrow, narrow, narrow, narrow, narrow, whole, whole});
     SplitPanel panels[2];
     SplitSums sums;
-    alignas(64) float results[kSplitSide * kSplitSide];
+    alignas(64) float results[kTileFloats];
     SplitPlace at(first, 0, in);
     SplitRows rows(p.weight, Weights::kCodeBytes, first, last, 0);
-    for (int64_t r = 0; r < kSplitSide; ++r) unpack_row<Weights, false>(rows, r, at.width, 0, panels[0]);
+    for (int64_t r = 0; r < kTileSide; ++r) unpack_row<Weights, false>(rows, r, at.width, 0, panels[0]);
     for (int64_t n = 0; at.row < last; ++n) {
         const SplitPlace next = at.next(in);
         const SplitPanel& now = panels[n % 2];
         rows = SplitRows(p.weight, Weights::kCodeBytes, smaller(next.row, last - 1), last, next.k);
-        const int64_t later = next.k + kFewPanel < in ? 0 : (kSplitSide - 1) * row_bytes;
+        const int64_t later = next.k + kFewPanel < in ? 0 : (kTileSide - 1) * row_bytes;
         const int64_t ahead = kFewPanel * Weights::kCodeBytes + later;
         settle_memory();
         if (at.width == kFewPanel && next.width == kFewPanel) {
@@ -310,7 +308,7 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
         _tile_stored(0, sums.of[0], 4 * apart);
         _tile_stored(1, sums.of[1], 4 * apart);
         settle_memory();
-        const int64_t num_rows = smaller(last - at.row, kSplitSide);
+        const int64_t num_rows = smaller(last - at.row, kTileSide);
         if (at.k == 0) {
             std::memset(results, 0, sizeof(results));
             for (int64_t i = 0; p.add && i < count; ++i) {
@@ -319,7 +317,7 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
             }
         }
         for (int64_t block = 0; block * 128 < at.width; ++block) {
-            alignas(64) float scales[kSplitSide];
+            alignas(64) float scales[kTileSide];
             weights.scales_at(at.row, last, at.k / 128 + block, scales);
             add_scaled(sums.of[block], scales, count, results);
         }
@@ -337,7 +335,7 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
 
 // Up to 256 activation rows and 512 weight rows at a time. Of 512 columns the activations are laid tile after tile, and of
 // those the tiles of 32 rows and a block of 128 columns, 16 KB, are at home in the first cache while 128 weight rows go by.
-constexpr int64_t kPair = 2 * kSplitSide;
+constexpr int64_t kPair = 2 * kTileSide;
 constexpr int64_t kNearPairs = 8, kRowPairs = 16;  // pairs of tiles of activation rows, and of weight rows
 constexpr int64_t kPairFloats = kPair * kPair;
 
@@ -349,32 +347,15 @@ inline uint16_t* near_rows(uint16_t* near, int64_t block, int64_t pair) {
 }
 
 // 128 columns of 32 activation rows with those of two groups of weight rows: sums of rows 0 with both, then of rows 16.
-inline void multiply_right(const uint16_t* x, const SplitPanel* groups, int64_t from, int64_t to, SplitSums& sums) {
-    constexpr int64_t part = kPair * kStepColumns, second = kSplitSide * kStepColumns;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+inline void multiply_right(const uint16_t* near, const SplitPanel* groups, int64_t from, int64_t to, SplitSums& sums) {
+    constexpr int64_t part = kPair * kStepColumns * 2;  // bytes
+    const uint8_t* x = reinterpret_cast<const uint8_t*>(near);
+    begin_sums<2>(true, nullptr, nullptr);
     for (int64_t step = from; step < to; ++step, x += 2 * part) {
-        _tile_loadd(6, groups[0].words[step], 64);
-        _tile_loadd(4, x, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, groups[1].words[step], 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + second, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(4, x + part, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + part + second, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        const auto words = [=](int64_t group) { return groups[group].words[step]; };
+        add_split_left<2>(x, x + kTileBytes, part, words(0), words(1));
     }
-    _tile_stored(0, sums.of[0], 64);
-    _tile_stored(1, sums.of[1], 64);
-    _tile_stored(2, sums.of[2], 64);
-    _tile_stored(3, sums.of[3], 64);
+    store_sums<2>(sums.of[0], sums.of[2]);
 }
 
 // A block of 32 activation rows with two groups of weight rows.
@@ -389,8 +370,8 @@ struct SplitUnit {
 inline void add_unit(const SplitUnit& unit, const SplitSums& sums) {
     for (int tile = 0; tile < 4; ++tile) {
         const __m512 scales = _mm512_load_ps(unit.groups[tile % 2].scales[unit.block]);
-        float* const to = unit.results + tile * kSplitSide * kSplitSide;
-        for (int64_t at = 0; at < kSplitSide * kSplitSide; at += kSplitSide) {
+        float* const to = unit.results + tile * kTileFloats;
+        for (int64_t at = 0; at < kTileFloats; at += kTileSide) {
             const __m512 begun = unit.first ? _mm512_setzero_ps() : _mm512_load_ps(to + at);
             _mm512_store_ps(to + at, _mm512_fmadd_ps(_mm512_load_ps(sums.of[tile] + at), scales, begun));
         }
@@ -401,7 +382,7 @@ inline void add_unit(const SplitUnit& unit, const SplitSums& sums) {
 // before is added. Results of the next pair of activation rows lie `row_pairs` pairs further on.
 TENFOLD_APART void multiply_near(uint16_t* near, const SplitPanel* groups, int64_t pairs, int64_t wide_pairs,
                                  int64_t steps, float* results, int64_t row_pairs, bool first) {
-    constexpr TileShape whole = {kSplitSide, 64};
+    constexpr TileShape whole = {kTileSide, 64};
     const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
     SplitSums sums[2];
     SplitUnit before{};
@@ -443,11 +424,11 @@ inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row,
     const int64_t row_pairs = pairs_of(last - row);
     for (int64_t token = 0; token < pairs * kPair; ++token) {
         float* const y = y_row(p, i + token, row);
-        for (int64_t r = row; r < last; r += kSplitSide) {
-            const int64_t column = r - row, half = token % kPair / kSplitSide, side = column % kPair / kSplitSide;
+        for (int64_t r = row; r < last; r += kTileSide) {
+            const int64_t column = r - row, half = token % kPair / kTileSide, side = column % kPair / kTileSide;
             const int64_t place = (token / kPair * row_pairs + column / kPair) * kPairFloats +
-                                  ((2 * half + side) * kSplitSide + token % kSplitSide) * kSplitSide;
-            const auto exist = static_cast<__mmask16>((1U << smaller(last - r, kSplitSide)) - 1);
+                                  ((2 * half + side) * kTileSide + token % kTileSide) * kTileSide;
+            const auto exist = static_cast<__mmask16>((1U << smaller(last - r, kTileSide)) - 1);
             run(y + column, exist, place);
         }
     }
@@ -455,7 +436,7 @@ inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row,
 
 template <class Weights>
 void multiply_more_split(const Product& p, int64_t first, int64_t last) {
-    constexpr int64_t kRows = kRowPairs * kPair, kTogether = kSplitGroups * kSplitSide;
+    constexpr int64_t kRows = kRowPairs * kPair, kTogether = kSplitGroups * kTileSide;
     const Weights weights(p.weight);
     const int64_t blocks = (smaller(p.weight.in, kPanel) + 127) / 128;
     const int64_t near_numbers = blocks * kNearPairs * kScaleSteps * 2 * kPair * kStepColumns;
@@ -482,7 +463,7 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
                 for (int64_t r = row; r < stop; r += kTogether) {
                     const int64_t wide_pairs = pairs_of(smaller(kTogether, stop - r));
                     for (int64_t group = 0; group < 2 * wide_pairs; ++group) {
-                        unpack_split(p.weight, weights, r + group * kSplitSide, stop, k, width, panels[group]);
+                        unpack_split(p.weight, weights, r + group * kTileSide, stop, k, width, panels[group]);
                     }
                     settle_memory();
                     multiply_near(near, panels, pairs, wide_pairs, steps, results + (r - row) / kPair * kPairFloats,
@@ -509,8 +490,8 @@ void multiply_split(const Product& p, int64_t first, int64_t last) {
     };
     const int64_t most = p.count / kPair * kPair;
     if (most > 0) run(0, most, multiply_more_split<Weights>);
-    for (int64_t i = most; i < p.count; i += kSplitSide) {
-        run(i, smaller(kSplitSide, p.count - i), [](const Product& few, int64_t from, int64_t to) {
+    for (int64_t i = most; i < p.count; i += kTileSide) {
+        run(i, smaller(kTileSide, p.count - i), [](const Product& few, int64_t from, int64_t to) {
             multiply_few_split<Weights>(few, from, to);
         });
     }
