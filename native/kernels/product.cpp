@@ -307,9 +307,12 @@ template <int Tokens>
 TENFOLD_APART void multiply_wide(const Product& p, const float* tile, int64_t k, int64_t width, int64_t i, int64_t row,
                                  int64_t last) {
     Floats sums[4][Tokens];
-    for (auto& of_rows : sums) {
-        for (auto& sum : of_rows) sum = no_floats();
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+#pragma GCC unroll 4
+        for (int t = 0; t < Tokens; ++t) sums[v][t] = no_floats();
     }
+    for (int t = 0; t < Tokens; ++t) __builtin_prefetch(y_row(p, i + t, row), 1);  // rows of y share sets of the caches
     const float* x = panel_row(p, k, width, i);
     for (int64_t column = 0; column < width; column += 8) {
         Floats xs[Tokens];
@@ -322,10 +325,14 @@ TENFOLD_APART void multiply_wide(const Product& p, const float* tile, int64_t k,
             for (int t = 0; t < Tokens; ++t) sums[v][t] = add_product(w, xs[t], sums[v][t]);
         }
     }
-    for (int64_t quad = 0; quad < kWide && row + quad < last; quad += kQuad) {
+    const bool add = p.add || k > 0;
+#pragma GCC unroll 2
+    for (int64_t quad = 0; quad < kWide; quad += kQuad) {
+        if (row + quad >= last) break;
+#pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
             const __m128 sum = quad_sums(&sums[0][t], Tokens, quad);
-            put(y_row(p, i + t, row + quad), sum, smaller(kQuad, last - row - quad), p.add || k > 0);
+            put(y_row(p, i + t, row + quad), sum, smaller(kQuad, last - row - quad), add);
         }
     }
 }
@@ -344,18 +351,39 @@ void multiply_tokens(const Product& p, const float* tile, int64_t k, int64_t wid
     }
 }
 
+// Columns [k, k + kPanel) of weight rows [first, last); what comes next begins with column `next_k` of row `next`.
+struct Panel {
+    int64_t k, first, last, next, next_k;
+};
+
+// Times the activation rows [i, stop).
 template <class Row>
-void multiply_tile(const Product& p, float* tile, int64_t k, int64_t first, int64_t last) {
-    const int64_t in = p.weight.in, width = smaller(kPanel, padded(in) - k);
-    for (int64_t r = 0; r < round_up(last - first, kWide); ++r) {
-        const Row row(p.weight, smaller(first + r, last - 1));
-        const bool more = k + kPanel < in;
-        const Row after = more ? row : Row(p.weight, smaller(first + r + tile_rows(p.count), p.weight.out - 1));
-        unpack(row, k, smaller(k + kPanel, in), after.at(more ? k + kPanel : 0), tile_row(tile, r));
+void multiply_tile(const Product& p, float* tile, const Panel& at, int64_t i, int64_t stop) {
+    const int64_t in = p.weight.in, rows = at.last - at.first, width = smaller(kPanel, padded(in) - at.k);
+    for (int64_t r = 0; r < round_up(rows, kWide); ++r) {
+        const Row row(p.weight, smaller(at.first + r, at.last - 1));
+        const Row next(p.weight, smaller(at.next + r, p.weight.out - 1));
+        unpack(row, at.k, smaller(at.k + kPanel, in), next.at(at.next_k), tile_row(tile, r));
     }
-    for (int64_t i = 0; i < p.count; i += kTokens) {
-        for (int64_t r = 0; r < last - first; r += kWide) {
-            multiply_tokens(p, tile_row(tile, r), k, width, first + r, last, i, smaller(i + kTokens, p.count));
+    for (; i < stop; i += kTokens) {
+        for (int64_t r = 0; r < rows; r += kWide) {
+            multiply_tokens(p, tile_row(tile, r), at.k, width, at.first + r, at.last, i, smaller(i + kTokens, stop));
+        }
+    }
+}
+
+// Weight rows [first, last) panel by panel, tile by tile, times the activation rows [i, stop): as many as stay near.
+template <class Row>
+void multiply_block(const Product& p, float* tile, int64_t first, int64_t last, int64_t i, int64_t stop) {
+    const int64_t rows = tile_rows(p.count), in = p.weight.in;
+    for (int64_t k = 0; k < in; k += kPanel) {
+        for (int64_t row = first; row < last; row += rows) {
+            Panel at{k, row, smaller(row + rows, last), row + rows, k};
+            if (at.last == last) {
+                at.next_k = k + kPanel < in ? k + kPanel : 0;
+                at.next = at.next_k > 0 ? first : last;
+            }
+            multiply_tile<Row>(p, tile, at, i, stop);
         }
     }
 }
@@ -364,10 +392,12 @@ template <class Row>
 void multiply_as(const Product& p, int64_t first, int64_t last) {
     if (p.count <= kFew) return multiply_few<Row>(p, first, last);
     alignas(64) float tile[kTileRows * kPanel];
-    const int64_t rows = tile_rows(p.count);
-    for (int64_t row = first; row < last; row += rows) {
-        for (int64_t k = 0; k < p.weight.in; k += kPanel) {
-            multiply_tile<Row>(p, tile, k, row, smaller(row + rows, last));
+    const int64_t blocks = (p.count + kNearTokens - 1) / kNearTokens;
+    const int64_t near_tokens = round_up((p.count + blocks - 1) / blocks, kTokens);
+    const int64_t near_rows = p.count <= kTokens ? tile_rows(p.count) : kNearRows;
+    for (int64_t i = 0; i < p.count; i += near_tokens) {
+        for (int64_t row = first; row < last; row += near_rows) {
+            multiply_block<Row>(p, tile, row, smaller(row + near_rows, last), i, smaller(i + near_tokens, p.count));
         }
     }
 }

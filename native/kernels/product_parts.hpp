@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kFew = 4;        // activation rows for which weights are better decoded in registers
 constexpr int64_t kTokens = 12;    // activation rows of one panel: 24 KiB, at home in the first cache
 constexpr int64_t kTileRows = 32;  // weight rows that are unpacked at a time: 64 KiB, at home in the second cache
+constexpr int64_t kNearTokens = 192, kNearRows = 512;  // activation rows, 384 KiB a panel there, for so many weight rows
 
 // Of few activation rows an unpacked weight has so few uses that its way to the second cache would cost more.
 inline int64_t tile_rows(int64_t count) { return count <= kTokens ? 8 : kTileRows; }
@@ -86,14 +87,15 @@ inline __m128 lane_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
     return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
 }
 
-inline void put(float* y, __m128 sums, int64_t rows, bool add) {
-    if (rows == kQuad) {
-        _mm_storeu_ps(y, add ? _mm_add_ps(_mm_loadu_ps(y), sums) : sums);
-        return;
-    }
+TENFOLD_APART void put_few(float* y, __m128 sums, int64_t rows, bool add) {
     float values[kQuad];
     _mm_storeu_ps(values, sums);
     for (int64_t r = 0; r < rows; ++r) y[r] = add ? y[r] + values[r] : values[r];
+}
+
+inline void put(float* y, __m128 sums, int64_t rows, bool add) {
+    if (rows < kQuad) return put_few(y, sums, rows, add);
+    _mm_storeu_ps(y, add ? _mm_add_ps(_mm_loadu_ps(y), sums) : sums);
 }
 
 // Sums of four weight rows from `first` on with one activation row, from vectors of lanes that lie `stride` apart.
