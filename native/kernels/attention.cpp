@@ -57,17 +57,23 @@ __m128 sums_of(const Floats* v) {
 template <int rows>
 void score_rows(const float* q, const float* k, int64_t stride, int64_t width, float* scores) {
     Floats sums[rows][group];
-    for (auto& row : sums) {
-        for (auto& sum : row) sum = no_floats();
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int h = 0; h < group; ++h) sums[r][h] = no_floats();
     }
     for (int64_t i = 0; i < width; i += lanes) {
         Floats row[rows];
+#pragma GCC unroll 6
         for (int r = 0; r < rows; ++r) row[r] = load(k + r * stride + i);
+#pragma GCC unroll 4
         for (int h = 0; h < group; ++h) {
             const Floats head = load(q + h * stride + i);
+#pragma GCC unroll 6
             for (int r = 0; r < rows; ++r) sums[r][h] = add_product(head, row[r], sums[r][h]);
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) _mm_store_ps(scores + r * group, sums_of(sums[r]));
 }
 
