@@ -2,7 +2,7 @@
 
 #include "product_fp8.hpp"
 #ifdef __AMX_BF16__
-#include "product_split_amx.hpp"
+#include "product_mxfp4_amx.hpp"
 #endif
 
 namespace tenfold::TENFOLD_ISA {
@@ -476,10 +476,12 @@ void multiply_fp8(const Product& p, int64_t first, int64_t last) {
 }  // namespace
 
 void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
-    if (format == Format::mxfp4_int8) return pack_row_int8(x, in, panels, panel_rows, row);
 #ifdef __AMX_BF16__
+    if (format == Format::mxfp4_rounded) return pack_row_rounded(x, in, panels, row);
     if (format == Format::bf16_split) return pack_row_split<Bf16Split>(x, in, panels, row);
     if (format > Format::bf16_split) return pack_row_split<Fp8Split<uint8_t>>(x, in, panels, row);
+#else
+    if (format == Format::mxfp4_rounded) return pack_row_int8(x, in, panels, panel_rows, row);
 #endif
     pack_any(format, x, in, panels, panel_rows, row);
 }
@@ -493,12 +495,13 @@ void multiply(const Product& product, int64_t first, int64_t last) {
         case Format::fp8: return multiply_fp8<uint8_t>(product, first, last);
         case Format::fp8_f32scale: return multiply_fp8<float>(product, first, last);
         case Format::mxfp4: return multiply_as<Mxfp4Row>(product, first, last);
-        case Format::mxfp4_int8: return multiply_int8(product, first, last);
 #ifdef __AMX_BF16__
+        case Format::mxfp4_rounded: return multiply_rounded(product, first, last);
         case Format::bf16_split: return multiply_split<Bf16Split>(product, first, last);
         case Format::fp8_split: return multiply_split<Fp8Split<uint8_t>>(product, first, last);
         case Format::fp8_f32scale_split: return multiply_split<Fp8Split<float>>(product, first, last);
 #else
+        case Format::mxfp4_rounded: return multiply_int8(product, first, last);
         case Format::bf16_split: return multiply_as<Bf16Row>(product, first, last);
         case Format::fp8_split: return multiply_fp8<uint8_t>(product, first, last);
         case Format::fp8_f32scale_split: return multiply_fp8<float>(product, first, last);

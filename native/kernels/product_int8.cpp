@@ -1,13 +1,14 @@
-// Mxfp4 weights times activations rounded to int8, one scale per 32: the products within a block are exact integers.
+// Mxfp4 weights times activations rounded to int8, one scale per 32: the products within a block are exact integers. The
+// build for AMX rounds them to bf16 instead (product_mxfp4_amx.hpp).
 //
 // As a byte 2 w + 12 every weight is an unsigned number up to 24, so that byte products are summed in 16 bits without
 // overflow (4 * 24 * 127 < 2^15); 12 times the sum of the activations is taken off afterwards, in 32 bits. Each
 // instruction set keeps the activations in an order of its own.
 #include "product_int8.hpp"
 
-#ifdef __AMX_INT8__
-#include "product_int8_amx.hpp"
-#elif defined(__AVX512VNNI__)
+#ifndef __AMX_BF16__
+
+#ifdef __AVX512VNNI__
 #include "product_int8_avx512.hpp"
 #elif defined(__AVX2__)
 #include "product_int8_avx2.hpp"
@@ -133,3 +134,5 @@ void pack_row_int8(const float* x, int64_t in, void* panels, int64_t panel_rows,
 void multiply_int8(const Product& product, int64_t first, int64_t last) { multiply_rows(product, first, last); }
 
 }  // namespace tenfold::TENFOLD_ISA
+
+#endif

@@ -91,7 +91,7 @@ def _backends(machine: Machine, kernels: Check) -> list[Check]:
         Check(
             "backend cpu",
             kernels.state,
-            "the native kernels; what `auto` chooses; deployed numerics: int8 activations" if built else "not built",
+            "the native kernels; what `auto` chooses; deployed numerics: rounded activations" if built else "not built",
         ),
         Check("backend reference", "ok", "plain torch, float32" + ("" if built else "; what `auto` chooses")),
         _triton(gpus),

@@ -44,14 +44,14 @@ def stored_cases(ops: Ops) -> Cases:
         yield f"experts-{form.name}", each(ops.experts, x, ids, torch.cat([weights, 1 - weights], 1), **words)
 
 
-def int8_cases() -> Cases:
-    """Activations rounded to int8, for which the reference has no twin."""
+def rounded_cases() -> Cases:
+    """Activations rounded for MXFP4 weights, for which the reference has no twin."""
     x, heads = randn(T, 160), randn(T, 3, 160, seed=1)
     w1, w3, w2 = (quantize("w", randn(*shape) / 9, MXFP4) for shape in ((96, 160), (96, 160), (160, 96)))
-    yield "linear-int8", each(cpu_linear.linear, x, weight=w1, rounded=True)
-    yield "linear_each-int8", each(cpu_linear.linear_each, x, stack=Stack((w3, w1)), rounded=True)
-    yield "grouped_linear-int8", each(cpu_linear.grouped_linear, heads, weight=w1, rounded=True)
-    yield "feed_forward-int8", each(cpu_linear.feed_forward, x, w1=w1, w2=w2, w3=w3, limit=10.0, rounded=True)
+    yield "linear-rounded", each(cpu_linear.linear, x, weight=w1, rounded=True)
+    yield "linear_each-rounded", each(cpu_linear.linear_each, x, stack=Stack((w3, w1)), rounded=True)
+    yield "grouped_linear-rounded", each(cpu_linear.grouped_linear, heads, weight=w1, rounded=True)
+    yield "feed_forward-rounded", each(cpu_linear.feed_forward, x, w1=w1, w2=w2, w3=w3, limit=10.0, rounded=True)
 
 
 def both(ops: object) -> dict[str, Call]:
@@ -59,7 +59,7 @@ def both(ops: object) -> dict[str, Call]:
 
 
 LAWS = both(reference)
-KERNELS = both(cpu) | dict(int8_cases())
+KERNELS = both(cpu) | dict(rounded_cases())
 
 
 @pytest.fixture(params=_native.available_isas(), autouse=True)
