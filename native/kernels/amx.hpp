@@ -106,20 +106,6 @@ inline __attribute__((always_inline)) void transpose_quads(__m512i* v) {
     v[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// Sixteen bytes of sixteen rows from `offset` on: v[i] has the i-th four of every row, row after row.
-inline __attribute__((always_inline)) void load_quads(const uint8_t* const* rows, int64_t offset, __m512i (&v)[4]) {
-    const auto load = [=](int row) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset));
-    };
-    for (int i = 0; i < 4; ++i) {
-        v[i] = _mm512_castsi128_si512(load(i));
-        v[i] = _mm512_inserti32x4(v[i], load(i + 4), 1);
-        v[i] = _mm512_inserti32x4(v[i], load(i + 8), 2);
-        v[i] = _mm512_inserti32x4(v[i], load(i + 12), 3);
-    }
-    transpose_quads(v);
-}
-
 // The i-th four bytes of each row from the i-th lines: v[i] has them row after row.
 inline __attribute__((always_inline)) void transpose_lines(__m512i (&v)[16]) {
 #pragma GCC unroll 4

@@ -420,9 +420,9 @@ inline void bring_near(const Product& p, int64_t i, int64_t pairs, int64_t k, in
 
 // Results, tile by tile, and the rows of y they belong to.
 template <class Run>
-inline void each_result(const Product& p, int64_t i, int64_t tokens, int64_t row, int64_t last, const Run& run) {
+inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row, int64_t last, const Run& run) {
     const int64_t row_pairs = pairs_of(last - row);
-    for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t token = 0; token < pairs * kPair; ++token) {
         float* const y = y_row(p, i + token, row);
         for (int64_t r = row; r < last; r += kTileSide) {
             const int64_t column = r - row, half = token % kPair / kTileSide, side = column % kPair / kTileSide;
@@ -453,7 +453,7 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
         for (int64_t row = first; row < last; row += kRows) {
             const int64_t stop = smaller(row + kRows, last), row_pairs = pairs_of(stop - row);
             if (p.add) {
-                each_result(p, i, pairs * kPair, row, stop, [=](const float* y, __mmask16 exist, int64_t place) {
+                each_result(p, i, pairs, row, stop, [=](const float* y, __mmask16 exist, int64_t place) {
                     _mm512_store_ps(results + place, _mm512_maskz_loadu_ps(exist, y));
                 });
             }
@@ -470,7 +470,7 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
                                   row_pairs, k == 0 && !p.add);
                 }
             }
-            each_result(p, i, pairs * kPair, row, stop, [=](float* y, __mmask16 exist, int64_t place) {
+            each_result(p, i, pairs, row, stop, [=](float* y, __mmask16 exist, int64_t place) {
                 _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(results + place));
             });
         }

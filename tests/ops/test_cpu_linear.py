@@ -478,7 +478,7 @@ def test_rounded_products_are_those_of_the_rounded_activations(isa: str, columns
 @isa_cases
 @pytest.mark.parametrize("n", [1, 3, 40])
 def test_every_mxfp4_code_and_scale_meets_rounded_activations(isa: str, n: int) -> None:
-    """One of each code alone with one: the reference's numbers, with AMX from 2^-126 on, or infinite and NaN as those are."""
+    """One of each code alone with one: the reference's numbers, with AMX from 2^-126 on, infinite and NaN too."""
     codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16).contiguous()
     one = torch.zeros(n, 32)
     one[:, 4:6] = torch.tensor([1.0, 0.0])
