@@ -38,17 +38,22 @@ inline void settle_memory() { __asm__ volatile("" ::: "memory"); }
 constexpr int64_t kTileSide = 16;  // rows of a tile
 constexpr int64_t kTileBytes = 1024, kTileFloats = 256;
 
+// Tiles 0 to `count` - 1, up to six.
+template <int count>
+inline void zero_tiles() {
+    _tile_zero(0);
+    if (count > 1) _tile_zero(1);
+    if (count > 2) _tile_zero(2);
+    if (count > 3) _tile_zero(3);
+    if (count > 4) _tile_zero(4);
+    if (count > 5) _tile_zero(5);
+}
+
 // Tiles 0 to 3 are the sums of a pair of tiles by another, or 0 and 1 alone. They begin with zeros or with what lies at
 // `first` and, for 2 and 3, at `others`.
 template <int pairs>
 inline void begin_sums(bool zeros, const float* first, const float* others) {
-    if (zeros) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (pairs == 2) _tile_zero(2);
-        if (pairs == 2) _tile_zero(3);
-        return;
-    }
+    if (zeros) return zero_tiles<2 * pairs>();
     _tile_loadd(0, first, 64);
     _tile_loadd(1, first + kTileFloats, 64);
     if (pairs == 2) _tile_loadd(2, others, 64);

@@ -6,6 +6,7 @@
 // the right, and while 256 columns are multiplied the next 256 are unpacked. Numbers below 2^-126 count as zero.
 #pragma once
 
+#include "decode_row.hpp"
 #include "product_int8.hpp"
 #include "product_split_amx.hpp"
 
@@ -56,12 +57,9 @@ inline __m512i kept(const void* table) { return _mm512_load_si512(table); }
 
 // 32 numbers in that order whatever their scale is: zero, NaN, or so large that some of them are infinite.
 TENFOLD_APART void numbers_slowly(const uint8_t* codes, uint8_t scale, uint16_t* to) {
-    constexpr float numbers[16] = {0, 0.5F, 1, 1.5F, 2, 3, 4, 6, -0.0F, -0.5F, -1, -1.5F, -2, -3, -4, -6};
     for (int i = 0; i < 32; ++i) {
-        const float number = numbers[codes[i / 2] >> (i % 2 * 4) & 15] * scale_of(scale);
-        uint32_t bits;
-        std::memcpy(&bits, &number, sizeof(bits));
-        to[place_of(i)] = static_cast<uint16_t>(bits >> 16);
+        const float number = e2m1_value(codes[i / 2] >> (i % 2 * 4) & 15) * scale_of(scale);
+        to[place_of(i)] = static_cast<uint16_t>(to_bits(number) >> 16);
     }
 }
 
@@ -206,16 +204,6 @@ inline __attribute__((always_inline)) void multiply_step(const RightRows& x, int
 }
 
 template <int Count>
-inline void zero_sums() {
-    _tile_zero(0);
-    if (Count > 1) _tile_zero(1);
-    if (Count > 2) _tile_zero(2);
-    if (Count > 3) _tile_zero(3);
-    if (Count > 4) _tile_zero(4);
-    if (Count > 5) _tile_zero(5);
-}
-
-template <int Count>
 inline void store_sums_of(float (&sums)[6][kTileFloats]) {
     _tile_stored(0, sums[0], 64);
     if (Count > 1) _tile_stored(1, sums[1], 64);
@@ -276,7 +264,7 @@ void multiply_tiles(const Product& p, int64_t i, int64_t num_rows, uint8_t* memo
     for (int64_t n = 0; at.row < last; ++n) {
         const SplitPlace next = at.next(in);
         if (next.row != at.row) rows = Sixteen(p.weight, smaller(next.row, last - 1), last);
-        if (at.k == 0) zero_sums<Count>();
+        if (at.k == 0) zero_tiles<Count>();
         multiply_and_unpack<Count>(x, at, panels[n % 2], rows, next.k / kStepColumns, steps_of(next.width), in / 2,
                                    panels[(n + 1) % 2]);
         if (next.row != at.row) {

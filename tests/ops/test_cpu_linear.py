@@ -510,7 +510,8 @@ def test_a_scale_out_of_the_usual_range_leaves_other_rows_as_they_are(isa: str, 
         others = torch.arange(37) != row
         assert torch.equal(found[:, others], before[:, others])
         assert found[:, row].isnan().all() == (scale == 255)
-        assert torch.equal(found[-1:], cpu_linear.linear(x[-1:], w, rounded=True, isa=isa)) or scale == 255
+        alone = cpu_linear.linear(x[-1:], w, rounded=True, isa=isa)
+        torch.testing.assert_close(alone, found[-1:], rtol=0, atol=0, equal_nan=True)
 
 
 @isa_cases
@@ -522,8 +523,10 @@ def test_rounded_rows_that_are_tiny_or_not_finite(isa: str) -> None:
         found = cpu_linear.linear(part, w, rounded=True, isa=isa)
         assert (found[0] == 0).all()
     found = cpu_linear.linear(x, w, rounded=True, isa=isa)
-    assert found[2].isnan().all()
-    assert not found[3].isfinite().any()
+    if isa == "amx":  # an infinite activation stays one
+        assert not found[3].isfinite().any()
+        found[3] = float("nan")
+    assert found.isnan().all(1).tolist() == [False, False, True, True, False, False]
     assert found[[0, 1, 4, 5]].isfinite().all()
 
 
