@@ -478,8 +478,8 @@ void multiply_fp8(const Product& p, int64_t first, int64_t last) {
 void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t panel_rows, int64_t row) {
 #ifdef __AMX_BF16__
     if (format == Format::mxfp4_rounded) return pack_row_rounded(x, in, panels, row);
-    if (format == Format::bf16_split) return pack_row_split<Bf16Split>(x, in, panels, row);
-    if (format > Format::bf16_split) return pack_row_split<Fp8Split<uint8_t>>(x, in, panels, row);
+    if (format == Format::bf16_split) return pack_row_split<Bf16Split>(x, in, panels, panel_rows, row);
+    if (format > Format::bf16_split) return pack_row_split<Fp8Split<uint8_t>>(x, in, panels, panel_rows, row);
 #else
     if (format == Format::mxfp4_rounded) return pack_row_int8(x, in, panels, panel_rows, row);
 #endif

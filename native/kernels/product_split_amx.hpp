@@ -15,10 +15,7 @@ namespace {
 
 constexpr int64_t kStepColumns = 32;  // of one instruction
 constexpr int64_t kScaleSteps = 4;  // under one scale
-constexpr int64_t kPanelSteps = kPanel / kStepColumns;
-constexpr int64_t kPanelScales = kPanelSteps / kScaleSteps;
 constexpr int64_t kFewPanel = 256;   // columns that are unpacked at a time for few: twice 8 KB, in the first cache
-constexpr int64_t kSplitGroups = 8;  // groups of weight rows that activations, once near, are multiplied with
 
 inline int64_t steps_of(int64_t in) { return (in + kStepColumns - 1) / kStepColumns; }
 
@@ -29,10 +26,15 @@ struct Constant {
 
 // ---------------------------------------------------------------- weights by their format
 
-// A panel of sixteen weight rows, tile after tile, and the scales of its blocks.
+// A panel of sixteen weight rows, tile after tile.
 struct SplitPanel {
-    alignas(64) uint8_t words[kPanelSteps][kTileBytes];
-    alignas(64) float scales[kPanelScales][kTileSide];
+    alignas(64) uint8_t words[kFewPanel / kStepColumns][kTileBytes];
+};
+
+// 128 columns of sixteen weight rows, tile after tile, and their scales.
+struct SplitBlock {
+    alignas(64) uint8_t words[kScaleSteps][kTileBytes];
+    alignas(64) float scales[kTileSide];
 };
 
 // The columns of a line of 64 bytes of a row in the order of its steps, and how that line becomes rows of tiles.
@@ -99,17 +101,35 @@ struct Bf16Split {
 
 // ---------------------------------------------------------------- activations
 
-// As [row][step][part][32] bf16.
-inline uint16_t* split_row(void* panels, int64_t in, int64_t row, int64_t step) {
-    return static_cast<uint16_t*>(panels) + (row * steps_of(in) + step) * 2 * kStepColumns;
+constexpr int64_t kPair = 2 * kTileSide;
+constexpr int64_t kPairBytes = kPair * 64;  // one part of a step of 32 rows
+constexpr int64_t kBlock = kScaleSteps * kStepColumns;
+
+// One row among the packed ones, of each step and part a line of 64 bytes.
+struct SplitRow {
+    uint8_t* at;
+    int64_t step_bytes, part_bytes;
+    uint16_t* line(int64_t step, int64_t part) const {
+        return reinterpret_cast<uint16_t*>(at + step * step_bytes + part * part_bytes);
+    }
+};
+
+// Whole pairs of tiles lie as they are multiplied, [pair][step][part][32 rows][32] bf16, and the rows behind them one by one,
+// [row][step][part][32].
+inline SplitRow split_row(void* panels, int64_t panel_rows, int64_t in, int64_t row) {
+    uint8_t* const start = static_cast<uint8_t*>(panels);
+    const int64_t row_bytes = steps_of(in) * 128;
+    if (row >= panel_rows / kPair * kPair) return {start + row * row_bytes, 128, 64};
+    return {start + row / kPair * kPair * row_bytes + row % kPair * 64, 2 * kPairBytes, kPairBytes};
 }
 
-inline const uint16_t* split_row(const Product& p, int64_t i, int64_t step) {
-    return split_row(const_cast<float*>(p.panels), p.weight.in, p.first_row + i, step);
+inline SplitRow split_row(const Product& p, int64_t i) {
+    return split_row(const_cast<float*>(p.panels), p.panel_rows, p.weight.in, p.first_row + i);
 }
 
 template <class Weights>
-void pack_row_split(const float* x, int64_t in, void* panels, int64_t row) {
+void pack_row_split(const float* x, int64_t in, void* panels, int64_t panel_rows, int64_t row) {
+    const SplitRow to = split_row(panels, panel_rows, in, row);
     for (int64_t k = 0; k < in; k += Weights::kLine) {
         const int64_t steps = smaller(Weights::kLine / kStepColumns, steps_of(in - k));
         __m512 values[4];
@@ -120,8 +140,8 @@ void pack_row_split(const float* x, int64_t in, void* panels, int64_t row) {
         }
         Weights::arrange(values, steps == 2);
         for (int64_t i = 0; i < steps; ++i) {
-            uint16_t* const to = split_row(panels, in, row, k / kStepColumns + i);
-            split_numbers(values[2 * i], values[2 * i + 1], to, to + kStepColumns);
+            const int64_t step = k / kStepColumns + i;
+            split_numbers(values[2 * i], values[2 * i + 1], to.line(step, 0), to.line(step, 1));
         }
     }
 }
@@ -146,15 +166,13 @@ struct SplitRows {
     }
 };
 
-// Tiles of pairs of columns of all rows, pair after pair. The panel behind this one is asked for.
+// Tiles of pairs of columns of all rows, pair after pair. As many columns are asked for that lie `ahead`.
 template <class Weights>
 TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t row, int64_t last, int64_t k,
-                                int64_t width, SplitPanel& to) {
+                                int64_t width, int64_t ahead, SplitBlock& to) {
     constexpr int64_t kBytes = Weights::kCodeBytes;
     const SplitRows rows(m, kBytes, row, last, k);
-    const int64_t next = smaller(width, m.in - k - width);
-    const int64_t ahead = next > 0 ? width : kTileSide * m.in - k;  // in these rows or in the next sixteen
-    for (const uint8_t* codes : rows.at) prefetch_lines(codes + ahead * kBytes, (next > 0 ? next : width) * kBytes);
+    for (const uint8_t* codes : rows.at) prefetch_lines(codes + ahead * kBytes, width * kBytes);
     for (int64_t from = 0; from < width; from += Weights::kLine) {
         __m512i v[16];
 #pragma GCC unroll 16
@@ -163,9 +181,7 @@ TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t
         const bool whole = Weights::kLine == kStepColumns || width - from > kStepColumns;
         Weights::unpack_fours(v, whole, reinterpret_cast<__m512i*>(to.words[from / kStepColumns]));
     }
-    for (int64_t block = 0; block * 128 < width; ++block) {
-        weights.scales_at(row, last, k / 128 + block, to.scales[block]);
-    }
+    weights.scales_at(row, last, k / 128, to.scales);
 }
 
 // Sums of 128 columns from four tiles.
@@ -183,11 +199,14 @@ struct SplitRight {
 
 SplitRight right_of(const Product& p, uint32_t* memory) {
     const int64_t steps = steps_of(p.weight.in), count = p.count;
-    if (count == 1) return {reinterpret_cast<const uint8_t*>(split_row(p, 0, 0)), 4, 64, 128};
+    if (count == 1) {
+        const SplitRow row = split_row(p, 0);
+        return {row.at, 4, row.part_bytes, row.step_bytes};
+    }
     for (int64_t i = 0; i < 2 * steps; ++i) {
         for (int64_t row = 0; row < count; ++row) {
             uint32_t pairs[16];
-            std::memcpy(pairs, split_row(p, row, 0) + i * kStepColumns, 64);
+            std::memcpy(pairs, split_row(p, row).line(i / 2, i % 2), 64);
             for (int64_t j = 0; j < 16; ++j) memory[(i * 16 + j) * count + row] = pairs[j];
         }
     }
@@ -333,87 +352,83 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
 
 // ---------------------------------------------------------------- more: weights on the right
 
-// Up to 256 activation rows and 512 weight rows at a time. Of 512 columns the activations are laid tile after tile, and of
-// those the tiles of 32 rows and a block of 128 columns, 16 KB, are at home in the first cache while 128 weight rows go by.
-constexpr int64_t kPair = 2 * kTileSide;
-constexpr int64_t kNearPairs = 8, kRowPairs = 16;  // pairs of tiles of activation rows, and of weight rows
+// Up to 512 activation rows and 512 weight rows at a time, whose sums, 1 MB, are at home in the second cache. Of 128 columns
+// all these weights are unpacked and stay there too; of the activations 32 rows at a time are laid tile after tile, 16 KB at
+// home in the first cache, and meet the weights in pairs of tiles.
+constexpr int64_t kManyPairs = 16, kRowPairs = 16;  // pairs of tiles of activation rows, and of weight rows
 constexpr int64_t kPairFloats = kPair * kPair;
+constexpr int64_t kAsked = kScaleSteps * 2 * kPairBytes / kRowPairs;  // bytes of the next activations, with each of those
 
 inline int64_t pairs_of(int64_t rows) { return (rows + kPair - 1) / kPair; }
 
-// [block][pair][step][part][32 rows][32], of one panel of columns.
-inline uint16_t* near_rows(uint16_t* near, int64_t block, int64_t pair) {
-    return near + (block * kNearPairs + pair) * kScaleSteps * 2 * kPair * kStepColumns;
-}
-
-// 128 columns of 32 activation rows with those of two groups of weight rows: sums of rows 0 with both, then of rows 16.
-inline void multiply_right(const uint16_t* near, const SplitPanel* groups, int64_t from, int64_t to, SplitSums& sums) {
-    constexpr int64_t part = kPair * kStepColumns * 2;  // bytes
-    const uint8_t* x = reinterpret_cast<const uint8_t*>(near);
-    begin_sums<2>(true, nullptr, nullptr);
-    for (int64_t step = from; step < to; ++step, x += 2 * part) {
-        const auto words = [=](int64_t group) { return groups[group].words[step]; };
-        add_split_left<2>(x, x + kTileBytes, part, words(0), words(1));
+// Steps from `first` on of 32 activation rows as they lie, or, where they lie in two pairs, laid `near`.
+inline const uint8_t* pair_at(const Product& p, int64_t i, int64_t first, int64_t steps, uint8_t* near) {
+    if ((p.first_row + i) % kPair == 0) return split_row(p, i).at + first * 2 * kPairBytes;
+    for (int64_t r = 0; r < kPair; ++r) {
+        const SplitRow row = split_row(p, i + r);
+        for (int64_t line = 0; line < 2 * steps; ++line) {
+            std::memcpy(near + line * kPairBytes + 64 * r, row.line(first + line / 2, line % 2), 64);
+        }
     }
-    store_sums<2>(sums.of[0], sums.of[2]);
+    settle_memory();
+    return near;
 }
 
-// A block of 32 activation rows with two groups of weight rows.
+// Sums of 32 activation rows, a block of 128 columns, with two tiles of weight rows, and where they are to be added.
 struct SplitUnit {
-    const SplitPanel* groups;
-    float* results;  // four tiles
-    int64_t block;
-    bool first;  // there are no results yet
+    const SplitBlock* weights;
+    float* results;
 };
 
-// Its sums take their scales and are added.
-inline void add_unit(const SplitUnit& unit, const SplitSums& sums) {
-    for (int tile = 0; tile < 4; ++tile) {
-        const __m512 scales = _mm512_load_ps(unit.groups[tile % 2].scales[unit.block]);
-        float* const to = unit.results + tile * kTileFloats;
-        for (int64_t at = 0; at < kTileFloats; at += kTileSide) {
-            const __m512 begun = unit.first ? _mm512_setzero_ps() : _mm512_load_ps(to + at);
-            _mm512_store_ps(to + at, _mm512_fmadd_ps(_mm512_load_ps(sums.of[tile] + at), scales, begun));
-        }
+// Sums of one of the unit's four tiles take their scales and are added.
+inline __attribute__((always_inline)) void add_tile(const SplitUnit& unit, const SplitSums& sums, int64_t tile) {
+    const __m512 scales = _mm512_load_ps(unit.weights[tile % 2].scales);
+    float* const to = unit.results + tile * kTileFloats;
+#pragma GCC unroll 16
+    for (int64_t at = 0; at < kTileFloats; at += kTileSide) {
+        _mm512_store_ps(to + at, _mm512_fmadd_ps(_mm512_load_ps(sums.of[tile] + at), scales, _mm512_load_ps(to + at)));
     }
 }
 
-// All pairs of activation rows with 128 weight rows or fewer, one panel of columns. One unit is multiplied while the one
-// before is added. Results of the next pair of activation rows lie `row_pairs` pairs further on.
-TENFOLD_APART void multiply_near(uint16_t* near, const SplitPanel* groups, int64_t pairs, int64_t wide_pairs,
-                                 int64_t steps, float* results, int64_t row_pairs, bool first) {
+// One unit is multiplied and, step by step, the one before is added: the tiles and the vectors work side by side.
+inline __attribute__((always_inline)) void multiply_unit(const uint8_t* near, const SplitUnit& unit, int64_t steps,
+                                                         SplitSums& sums, const SplitUnit& before,
+                                                         const SplitSums& sums_before) {
+    zero_tiles<4>();
+#pragma GCC unroll 4
+    for (int64_t step = 0; step < kScaleSteps; ++step) {
+        const uint8_t* const x = near + step * 2 * kPairBytes;
+        if (step < steps) {
+            add_split_left<2>(x, x + kTileBytes, kPairBytes, unit.weights[0].words[step], unit.weights[1].words[step]);
+        }
+        add_tile(before, sums_before, step);
+    }
+    store_sums<2>(sums.of[0], sums.of[2]);
+    settle_memory();
+}
+
+// `pairs` pairs of activation rows from row i on times `row_pairs` pairs of weight rows, `steps` steps from `first` on.
+// `next_step` is what follows for the first of them.
+TENFOLD_APART void multiply_block(const Product& p, int64_t i, int64_t pairs, int64_t first, int64_t steps,
+                                  int64_t next_step, const SplitBlock* weights, int64_t row_pairs, uint8_t* near,
+                                  float* results) {
     constexpr TileShape whole = {kTileSide, 64};
     const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
-    SplitSums sums[2];
-    SplitUnit before{};
-    int64_t turn = 0;
-    for (int64_t block = 0; block * kScaleSteps < steps; ++block) {
-        const int64_t from = block * kScaleSteps, stop = smaller(from + kScaleSteps, steps);
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            for (int64_t wide = 0; wide < wide_pairs; ++wide, turn = 1 - turn) {
-                float* const to = results + (pair * row_pairs + wide) * kPairFloats;
-                const SplitUnit unit{groups + 2 * wide, to, block, first && block == 0};
-                multiply_right(near_rows(near, block, pair), unit.groups, from, stop, sums[turn]);
-                settle_memory();
-                if (before.results != nullptr) add_unit(before, sums[1 - turn]);
-                before = unit;
-            }
+    SplitSums sums[2] = {};
+    SplitUnit before{weights, results};  // nothing is added to the first
+    for (int64_t pair = 0, turn = 0; pair < pairs; ++pair) {
+        const bool more = pair + 1 < pairs;
+        const uint8_t* const x = pair_at(p, i + pair * kPair, first, steps, near);
+        const uint16_t* const next =
+            split_row(p, more ? i + (pair + 1) * kPair : i).line(more ? first : next_step, 0);
+        for (int64_t wide = 0; wide < row_pairs; ++wide, turn = 1 - turn) {
+            const SplitUnit unit{weights + 2 * wide, results + (pair * row_pairs + wide) * kPairFloats};
+            prefetch_lines(next + wide * kAsked / 2, kAsked);
+            multiply_unit(x, unit, steps, sums[turn], before, sums[1 - turn]);
+            before = unit;
         }
-    }
-    if (before.results != nullptr) add_unit(before, sums[1 - turn]);
-}
-
-// The activation rows [i, i + 32 * pairs) of one panel of columns, brought near.
-inline void bring_near(const Product& p, int64_t i, int64_t pairs, int64_t k, int64_t steps, uint16_t* near) {
-    for (int64_t r = 0; r < pairs * kPair; ++r) {
-        const uint16_t* const from = split_row(p, i + r, k / kStepColumns);
-        for (int64_t step = 0; step < steps; ++step) {
-            uint16_t* const to = near_rows(near, step / kScaleSteps, r / kPair) +
-                                 (step % kScaleSteps * 2 * kPair + r % kPair) * kStepColumns;
-            for (int64_t part = 0; part < 2; ++part) {
-                const __m512i line = _mm512_loadu_si512(from + (2 * step + part) * kStepColumns);
-                _mm512_store_si512(to + part * kPair * kStepColumns, line);
-            }
+        if (!more) {
+            for (int64_t tile = 0; tile < 4; ++tile) add_tile(before, sums[1 - turn], tile);
         }
     }
 }
@@ -436,39 +451,36 @@ inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row,
 
 template <class Weights>
 void multiply_more_split(const Product& p, int64_t first, int64_t last) {
-    constexpr int64_t kRows = kRowPairs * kPair, kTogether = kSplitGroups * kTileSide;
     const Weights weights(p.weight);
-    const int64_t blocks = (smaller(p.weight.in, kPanel) + 127) / 128;
-    const int64_t near_numbers = blocks * kNearPairs * kScaleSteps * 2 * kPair * kStepColumns;
-    const int64_t result_numbers =
-        smaller(p.count / kPair, kNearPairs) * smaller(pairs_of(last - first), kRowPairs) * kPairFloats;
-    Scratch memory(Scratch::bytes_of<uint16_t>(near_numbers) + Scratch::bytes_of<float>(result_numbers) +
-                       Scratch::bytes_of<SplitPanel>(kSplitGroups),
+    const int64_t in = p.weight.in, most_pairs = smaller(p.count / kPair, kManyPairs);
+    const int64_t most_row_pairs = smaller(pairs_of(last - first), kRowPairs);
+    const int64_t near_bytes = kScaleSteps * 2 * kPairBytes, result_numbers = most_pairs * most_row_pairs * kPairFloats;
+    Scratch memory(near_bytes + Scratch::bytes_of<float>(result_numbers) +
+                       Scratch::bytes_of<SplitBlock>(2 * most_row_pairs),
                    false);
-    uint16_t* const near = memory.take<uint16_t>(near_numbers);
+    uint8_t* const near = memory.take<uint8_t>(near_bytes);
     float* const results = memory.take<float>(result_numbers);
-    SplitPanel* const panels = memory.take<SplitPanel>(kSplitGroups);
-    for (int64_t i = 0; i < p.count; i += kNearPairs * kPair) {
-        const int64_t pairs = smaller(p.count - i, kNearPairs * kPair) / kPair;
-        for (int64_t row = first; row < last; row += kRows) {
-            const int64_t stop = smaller(row + kRows, last), row_pairs = pairs_of(stop - row);
+    SplitBlock* const blocks = memory.take<SplitBlock>(2 * most_row_pairs);
+    for (int64_t i = 0; i < p.count; i += kManyPairs * kPair) {
+        const int64_t pairs = smaller(p.count - i, kManyPairs * kPair) / kPair;
+        for (int64_t row = first; row < last; row += kRowPairs * kPair) {
+            const int64_t stop = smaller(row + kRowPairs * kPair, last), row_pairs = pairs_of(stop - row);
+            std::memset(results, 0, static_cast<size_t>(pairs * row_pairs * kPairFloats) * sizeof(float));
             if (p.add) {
                 each_result(p, i, pairs, row, stop, [=](const float* y, __mmask16 exist, int64_t place) {
                     _mm512_store_ps(results + place, _mm512_maskz_loadu_ps(exist, y));
                 });
             }
-            for (int64_t k = 0; k < p.weight.in; k += kPanel) {
-                const int64_t width = smaller(kPanel, p.weight.in - k), steps = steps_of(width);
-                bring_near(p, i, pairs, k, steps, near);
-                for (int64_t r = row; r < stop; r += kTogether) {
-                    const int64_t wide_pairs = pairs_of(smaller(kTogether, stop - r));
-                    for (int64_t group = 0; group < 2 * wide_pairs; ++group) {
-                        unpack_split(p.weight, weights, r + group * kTileSide, stop, k, width, panels[group]);
-                    }
-                    settle_memory();
-                    multiply_near(near, panels, pairs, wide_pairs, steps, results + (r - row) / kPair * kPairFloats,
-                                  row_pairs, k == 0 && !p.add);
+            for (int64_t k = 0; k < in; k += kBlock) {
+                const int64_t width = smaller(kBlock, in - k);
+                const bool more = k + kBlock < in;
+                const int64_t ahead = more ? kBlock : kRowPairs * kPair * in - k;  // in these rows or in the next ones
+                for (int64_t group = 0; group < 2 * row_pairs; ++group) {
+                    unpack_split(p.weight, weights, row + group * kTileSide, stop, k, width, ahead, blocks[group]);
                 }
+                settle_memory();
+                multiply_block(p, i, pairs, k / kStepColumns, steps_of(width), more ? (k + kBlock) / kStepColumns : 0,
+                               blocks, row_pairs, near, results);
             }
             each_result(p, i, pairs, row, stop, [=](float* y, __mmask16 exist, int64_t place) {
                 _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(results + place));
