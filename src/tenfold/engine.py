@@ -27,6 +27,7 @@ from tenfold.errors import ContextTooLong, InputError, UsageError
 from tenfold.keeping import Keeper, Kept, timeline_of
 from tenfold.machine import Machine, anonymous_bytes, parse_bytes, shrink_heap, this_machine, tidy_heap
 from tenfold.models import Binder, Model, build
+from tenfold.ops import cpu_pool
 from tenfold.placement import Placement, place
 from tenfold.planner import Work
 from tenfold.planner.work import reading_cost
@@ -244,12 +245,15 @@ class Engine:
             session.in_flight = True
         if self._counter is not None:
             self._counter.restart()
-        with torch.no_grad():
-            logits = self.model.forward(step).cpu()
+        try:
+            with torch.no_grad():
+                logits = self.model.forward(step).cpu()
+        finally:
+            cpu_pool.release()
         if start >= _HEAVY_TOKENS:
             shrink_heap()
         for row, (session, ids) in enumerate(batch.items()):
-            session.advance(ids, logits[last[row] if every else row])
+            session.advance(ids, logits[last[row] if every else row].clone())  # so that it keeps no others
         return logits
 
     def _write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from tenfold.formats import F32
 from tenfold.ops import Weight, cpu
-from tenfold.ops.cpu_pool import Pool
 
 WEIGHT = Weight("w", (33, 65), F32, randn(33, 65))
 
@@ -96,41 +94,6 @@ def test_recordings_share_memory_that_one_layer_needs() -> None:
             given[n].copy_(randn(n, 512, seed=seed))
             assert torch.equal(made[n].replay(None), run(n))
     assert recordings.num_bytes <= 12 * given[64].nbytes  # of 160 tensors of this size
-
-
-def test_memory_is_taken_again_once_nothing_shows_it() -> None:
-    pool = Pool()
-    one = pool.like(torch.empty(3, 100))
-    part, other = one.view(300)[5:7], pool.unowned(one)
-    address = one.data_ptr()
-    assert one.shape == (3, 100)
-    assert one.is_contiguous()
-    del one
-    assert pool.like(torch.empty(3, 100)).data_ptr() != address
-    part[:] = 3.0
-    assert bool((other.view(300)[5:7] == 3.0).all())
-    del part
-    assert pool.like(torch.empty(3, 100)).data_ptr() == address  # although `other` shows it still
-    assert pool.num_bytes == 1 << 20
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_memory_is_never_given_twice(seed: int) -> None:
-    """Tensors of all sizes come and go; each keeps its numbers, and free parts become one again."""
-    pool, dice = Pool(), random.Random(seed)
-    held: list[tuple[Tensor, int]] = []
-    for number in range(600):
-        if held and dice.randrange(2):
-            del held[dice.randrange(len(held))]
-        tensor = pool.like(torch.empty(dice.choice([1, 7, 64, 1000, 40_000]), dtype=torch.int64))
-        held.append((tensor.fill_(number), number))
-        assert all(bool((one == expected).all()) for one, expected in held[-9:])
-    assert all(bool((one == expected).all()) for one, expected in held)
-    before = pool.num_bytes
-    held.clear()
-    del tensor
-    slabs = [pool.like(torch.empty(1 << 20, dtype=torch.uint8)) for _ in range(before >> 20)]
-    assert (len(slabs), pool.num_bytes) == (before >> 20, before)
 
 
 def test_recording_loads_no_compiler() -> None:

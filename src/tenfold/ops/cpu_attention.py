@@ -20,6 +20,7 @@ from torch import Tensor
 from tenfold import _native
 from tenfold.formats import RowLayout
 from tenfold.ops import Rows, Weight, reference
+from tenfold.ops.cpu_pool import empty
 
 __all__ = [
     "compress",
@@ -141,7 +142,7 @@ def rms_norm(x: Tensor, weight: Weight | None, eps: float) -> Tensor:
         raise ValueError("x: expected rows of at least one element, got width 0")
     address = _checked("x", x, torch.float32, x.shape)
     scale = None if weight is None else _numbers("weight", weight, (width,))
-    out = torch.empty_like(x)
+    out = empty(*x.shape)
     _kernel("rms_norm")(address, scale, out.data_ptr(), x.numel() // width, width, eps, _native.num_threads())
     return out
 
@@ -149,7 +150,7 @@ def rms_norm(x: Tensor, weight: Weight | None, eps: float) -> Tensor:
 def norm_rope(x: Tensor, weight: Weight | None, eps: float, positions: Tensor, frequencies: Tensor) -> Tensor:
     x = x.contiguous()
     scale = None if weight is None else _numbers("weight", weight, (x.shape[-1],))
-    return _turned(x, scale, eps, positions, frequencies, None, _NORM, torch.empty_like(x))
+    return _turned(x, scale, eps, positions, frequencies, None, _NORM, empty(*x.shape))
 
 
 def norm_rope_pack(
@@ -170,7 +171,7 @@ def norm_rope_pack(
 def rope_round(x: Tensor, positions: Tensor, frequencies: Tensor, layout: RowLayout, spread: bool) -> Tensor:
     x = x.contiguous()
     steps = _SPREAD | _ROUND if spread else 0
-    return _turned(x, None, 0.0, positions, frequencies, layout, steps, torch.empty_like(x))
+    return _turned(x, None, 0.0, positions, frequencies, layout, steps, empty(*x.shape))
 
 
 def _turned(
@@ -232,7 +233,7 @@ def rope(
         _checked("positions", positions, torch.int64, (n,)),
         _checked("frequencies", frequencies, torch.float32, (dim // 2,)),
     )
-    out = torch.empty(x.shape)
+    out = empty(*x.shape)
     strides = x.stride(0), x.stride(1) if x.dim() == 3 else dim
     _kernel("rope")(*given, out.data_ptr(), n, rows, pairs, *strides, inverse, interleaved, _native.num_threads())
     return out
@@ -243,7 +244,7 @@ def hadamard(x: Tensor) -> Tensor:
     if width & (width - 1) or not width:
         raise ValueError(f"x: expected a power of two of channels, got {width}")
     address = _checked("x", x, torch.float32, tuple(x.shape))
-    out = torch.empty_like(x)
+    out = empty(*x.shape)
     _kernel("hadamard")(address, out.data_ptr(), x.numel() // width, width, _native.num_threads())
     return out
 
@@ -352,7 +353,7 @@ def _embedded(ids: Tensor, weight: Weight, copies: int) -> Tensor:
     """float32 [n, copies, width]: rows of a table in float32 or bf16."""
     ids, data = ids.contiguous(), weight.data
     dtype = torch.bfloat16 if data.dtype is torch.bfloat16 else torch.float32
-    out = torch.empty(ids.shape[0], copies, data.shape[1])
+    out = empty(ids.shape[0], copies, data.shape[1])
     _kernel("embed")(
         _checked("table", data, dtype, tuple(data.shape)), _checked_ids(ids, data.shape[0]), out.data_ptr(),
         *out.shape, dtype is torch.bfloat16, _native.num_threads(),
@@ -390,7 +391,7 @@ def hc_mix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams, (n, m, d) = streams.contiguous(), _stream_shape(streams)
     outputs = (2 + m) * m
-    x, post, combination = torch.empty(n, d), torch.empty(n, m), torch.empty(n, m, m)
+    x, post, combination = empty(n, d), torch.empty(n, m), torch.empty(n, m, m)
     mixed = torch.empty(n, outputs)
     _kernel("hc_mix")(
         _checked("streams", streams, torch.float32, (n, m, d)),
@@ -405,7 +406,7 @@ def hc_collapse(
     streams: Tensor, fn: Weight, base: Weight, scale: Weight, norm: Weight, *, norm_eps: float, eps: float
 ) -> Tensor:
     streams, (n, m, d) = streams.contiguous(), _stream_shape(streams)
-    x, mixed = torch.empty(n, d), torch.empty(n, m)
+    x, mixed = empty(n, d), torch.empty(n, m)
     _kernel("hc_collapse")(
         _checked("streams", streams, torch.float32, (n, m, d)),
         *_projection(fn, base, scale, norm, m, 1, m, d),
@@ -429,7 +430,7 @@ def _projection(
 def hc_merge(streams: Tensor, y: Tensor, post: Tensor, combination: Tensor) -> Tensor:
     n, m, d = _stream_shape(streams)
     streams, y, post, combination = (t.contiguous() for t in (streams, y, post, combination))
-    out = torch.empty_like(streams)
+    out = empty(*streams.shape)
     _kernel("hc_merge")(
         _checked("streams", streams, torch.float32, (n, m, d)),
         _checked("y", y, torch.float32, (n, d)),
@@ -562,7 +563,7 @@ def sparse_attention(
     if not 0 < value_dim <= width or 2 * pairs > value_dim or pairs > _MOST_PAIRS:
         raise ValueError(f"value_dim: expected {max(2 * pairs, 1)} to {width}, got {value_dim}")
     q = q.contiguous()
-    out = q.new_empty(n, heads, value_dim)
+    out = empty(n, heads, value_dim)
     given = (_Rows * len(sources))()
     kept = [_describe(source, f"source {i}", n, width, given[i]) for i, source in enumerate(sources)]
     common = (

@@ -23,6 +23,7 @@ from tenfold import _native
 from tenfold._native import Argument, match
 from tenfold.formats import BF16, F32, FP8_BLOCK, FP8_BLOCK_F32, MXFP4
 from tenfold.ops import Experts, Stack, Weight
+from tenfold.ops.cpu_pool import empty
 
 __all__ = ["experts", "feed_forward", "grouped_linear", "linear", "linear_each", "prepare"]
 
@@ -110,7 +111,7 @@ def linear_each(x: Tensor, stack: Stack, *, rounded: bool = False, isa: str | No
     columns = x.shape[1]
     if columns != ready.in_features:
         raise ValueError(f"x: expected rows of {ready.in_features}, got {tuple(x.shape)}")
-    y = torch.empty(n * sum(ready.out_features))
+    y = empty(n * sum(ready.out_features))
     if n and columns:
         panels, slice_rows = _scratch(n, ready.num_forms * _padded(columns))
         _native._kernel("linear_each", isa)(
@@ -135,7 +136,7 @@ def _product(
     matrix = _matrix(weight)
     if matrix.in_features != in_features or groups == 0 or matrix.out_features % groups:
         raise ValueError(f"x: expected shape for {weight.name} {weight.shape}, got {tuple(x.shape)}")
-    y = torch.empty(n, matrix.out_features)
+    y = empty(n, matrix.out_features)
     if y.numel() == 0 or in_features == 0:
         return y.zero_()
     panels, slice_rows = _scratch(n, groups * _padded(in_features))
@@ -236,12 +237,12 @@ def _experts(
     n, topk, num_experts = sizes["n"], sizes["topk"], bank.addresses.shape[0]
     if sizes["hidden"] != bank.hidden or (shared is not None and shared.hidden != bank.hidden):
         raise ValueError(f"x: expected rows of {bank.hidden}, also for the shared expert, got {tuple(x.shape)}")
-    out = torch.empty_like(x)
+    out = empty(*x.shape)
     if n * topk == 0 or bank.inner == 0 or bank.hidden == 0:
         return out.zero_() if shared is None else _alone(x, shared, limit, rounded, isa)
     beside, each, more = None, bank.numbers_each, 0
     if shared is not None:
-        more, summand = shared.numbers_each, torch.empty_like(x)
+        more, summand = shared.numbers_each, empty(*x.shape)
         each -= -more // topk  # rounded up
         formats = _kernel_format(shared.gate_format, rounded), _kernel_format(shared.down_format, rounded)
         beside = _SharedExpert(shared.addresses.data_ptr(), summand.data_ptr(), shared.inner, *formats)
