@@ -628,6 +628,24 @@ def test_rounded_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(run(slice(None)), together)
 
 
+@isa_cases
+@format_cases
+@pytest.mark.usefixtures("two_threads")
+def test_many_tokens_of_an_expert_do_not_influence_each_other(form: WeightFormat, isa: str) -> None:
+    """Packed rows of an expert begin anywhere, also in the middle of what tiles multiply at once."""
+    bank = bank_of(form, form, 3, 160, 288)
+    x, (ids, weights) = rows(171, 160), routed(171, 2, 3)
+
+    def run(part: slice) -> Tensor:
+        chosen = (x[part], ids[part], weights[part])
+        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, rounded=True, isa=isa)
+
+    together = run(slice(None))
+    assert relative_error(together, experts_law(x, ids, weights, bank, 10.0)) < 2e-2
+    assert torch.equal(torch.cat([run(slice(i, i + 1)) for i in range(171)]), together)
+    assert torch.equal(torch.cat([run(slice(0, 33)), run(slice(33, 171))]), together)
+
+
 @pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512 with VNNI")
 def test_two_rows_side_by_side_have_the_bits_of_one() -> None:
     """But for MXFP4 and int8 activations, where both widths sum the same exact products of blocks in another order."""
