@@ -166,13 +166,15 @@ struct SplitRows {
     }
 };
 
-// Tiles of pairs of columns of all rows, pair after pair. As many columns are asked for that lie `ahead`.
+// A block of columns from k on as tiles of pairs of columns of all rows, pair after pair. What lies `ahead` in these rows is
+// asked for or, behind their end, what lies `rows_ahead` rows further.
 template <class Weights>
 TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t row, int64_t last, int64_t k,
-                                int64_t width, int64_t ahead, SplitBlock& to) {
+                                int64_t ahead, int64_t rows_ahead, SplitBlock& to) {
     constexpr int64_t kBytes = Weights::kCodeBytes;
     const SplitRows rows(m, kBytes, row, last, k);
-    for (const uint8_t* codes : rows.at) prefetch_lines(codes + ahead * kBytes, width * kBytes);
+    const int64_t width = smaller(kBlock, m.in - k), from_here = k + ahead < m.in ? ahead : rows_ahead * m.in - k;
+    for (const uint8_t* codes : rows.at) prefetch_lines(codes + from_here * kBytes, width * kBytes);
     for (int64_t from = 0; from < width; from += Weights::kLine) {
         __m512i v[16];
 #pragma GCC unroll 16
@@ -353,9 +355,10 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
 // ---------------------------------------------------------------- more: weights on the right
 
 // Up to 512 activation rows and 512 weight rows at a time, whose sums, 1 MB, are at home in the second cache. Of 128 columns
-// all these weights are unpacked and stay there too; of the activations 32 rows at a time are laid tile after tile, 16 KB at
-// home in the first cache, and meet the weights in pairs of tiles.
+// all these weights are unpacked and stay there too (where activations are few, of 512 columns 128 weights: longer pieces of
+// memory); of the activations a block of 32 rows at a time, 16 KB at home in the first cache, meets them in pairs of tiles.
 constexpr int64_t kManyPairs = 16, kRowPairs = 16;  // pairs of tiles of activation rows, and of weight rows
+constexpr int64_t kFewPairs = 4, kDeepBlocks = 4;   // so many pairs of activation rows, for so many blocks of columns
 constexpr int64_t kPairFloats = kPair * kPair;
 constexpr int64_t kAsked = kScaleSteps * 2 * kPairBytes / kRowPairs;  // bytes of the next activations, with each of those
 
@@ -408,10 +411,10 @@ inline __attribute__((always_inline)) void multiply_unit(const uint8_t* near, co
 }
 
 // `pairs` pairs of activation rows from row i on times `row_pairs` pairs of weight rows, `steps` steps from `first` on.
-// `next_step` is what follows for the first of them.
+// `next_step` is what follows for the first of them. From one pair's results to the next it is `apart` units.
 TENFOLD_APART void multiply_block(const Product& p, int64_t i, int64_t pairs, int64_t first, int64_t steps,
-                                  int64_t next_step, const SplitBlock* weights, int64_t row_pairs, uint8_t* near,
-                                  float* results) {
+                                  int64_t next_step, const SplitBlock* weights, int64_t row_pairs, int64_t apart,
+                                  uint8_t* near, float* results) {
     constexpr TileShape whole = {kTileSide, 64};
     const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
     SplitSums sums[2] = {};
@@ -422,7 +425,7 @@ TENFOLD_APART void multiply_block(const Product& p, int64_t i, int64_t pairs, in
         const uint16_t* const next =
             split_row(p, more ? i + (pair + 1) * kPair : i).line(more ? first : next_step, 0);
         for (int64_t wide = 0; wide < row_pairs; ++wide, turn = 1 - turn) {
-            const SplitUnit unit{weights + 2 * wide, results + (pair * row_pairs + wide) * kPairFloats};
+            const SplitUnit unit{weights + 2 * wide, results + (pair * apart + wide) * kPairFloats};
             prefetch_lines(next + wide * kAsked / 2, kAsked);
             multiply_unit(x, unit, steps, sums[turn], before, sums[1 - turn]);
             before = unit;
@@ -455,12 +458,12 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
     const int64_t in = p.weight.in, most_pairs = smaller(p.count / kPair, kManyPairs);
     const int64_t most_row_pairs = smaller(pairs_of(last - first), kRowPairs);
     const int64_t near_bytes = kScaleSteps * 2 * kPairBytes, result_numbers = most_pairs * most_row_pairs * kPairFloats;
-    Scratch memory(near_bytes + Scratch::bytes_of<float>(result_numbers) +
-                       Scratch::bytes_of<SplitBlock>(2 * most_row_pairs),
+    const int64_t most_blocks = 2 * smaller(kRowPairs, kDeepBlocks * most_row_pairs);
+    Scratch memory(near_bytes + Scratch::bytes_of<float>(result_numbers) + Scratch::bytes_of<SplitBlock>(most_blocks),
                    false);
     uint8_t* const near = memory.take<uint8_t>(near_bytes);
     float* const results = memory.take<float>(result_numbers);
-    SplitBlock* const blocks = memory.take<SplitBlock>(2 * most_row_pairs);
+    SplitBlock* const blocks = memory.take<SplitBlock>(most_blocks);
     for (int64_t i = 0; i < p.count; i += kManyPairs * kPair) {
         const int64_t pairs = smaller(p.count - i, kManyPairs * kPair) / kPair;
         for (int64_t row = first; row < last; row += kRowPairs * kPair) {
@@ -471,16 +474,25 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
                     _mm512_store_ps(results + place, _mm512_maskz_loadu_ps(exist, y));
                 });
             }
-            for (int64_t k = 0; k < in; k += kBlock) {
-                const int64_t width = smaller(kBlock, in - k);
-                const bool more = k + kBlock < in;
-                const int64_t ahead = more ? kBlock : kRowPairs * kPair * in - k;  // in these rows or in the next ones
-                for (int64_t group = 0; group < 2 * row_pairs; ++group) {
-                    unpack_split(p.weight, weights, row + group * kTileSide, stop, k, width, ahead, blocks[group]);
+            const int64_t deep = pairs <= kFewPairs ? kDeepBlocks : 1, together = kRowPairs / deep * kPair;
+            for (int64_t k = 0; k < in; k += deep * kBlock) {
+                const int64_t depth = smaller(deep, (in - k + kBlock - 1) / kBlock);
+                for (int64_t r = row; r < stop; r += together) {
+                    const int64_t wide_pairs = pairs_of(smaller(together, stop - r));
+                    for (int64_t group = 0; group < 2 * wide_pairs; ++group) {
+                        for (int64_t block = 0; block < depth; ++block) {
+                            unpack_split(p.weight, weights, r + group * kTileSide, stop, k + block * kBlock,
+                                         deep * kBlock, together, blocks[block * 2 * wide_pairs + group]);
+                        }
+                    }
+                    settle_memory();
+                    for (int64_t block = 0; block < depth; ++block) {
+                        const int64_t from = k + block * kBlock, then = from + kBlock < in ? from + kBlock : 0;
+                        multiply_block(p, i, pairs, from / kStepColumns, steps_of(smaller(kBlock, in - from)),
+                                       then / kStepColumns, blocks + block * 2 * wide_pairs, wide_pairs, row_pairs, near,
+                                       results + (r - row) / kPair * kPairFloats);
+                    }
                 }
-                settle_memory();
-                multiply_block(p, i, pairs, k / kStepColumns, steps_of(width), more ? (k + kBlock) / kStepColumns : 0,
-                               blocks, row_pairs, near, results);
             }
             each_result(p, i, pairs, row, stop, [=](float* y, __mmask16 exist, int64_t place) {
                 _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(results + place));
