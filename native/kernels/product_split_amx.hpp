@@ -418,22 +418,21 @@ TENFOLD_APART void multiply_block(const Product& p, int64_t i, int64_t pairs, in
     constexpr TileShape whole = {kTileSide, 64};
     const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
     SplitSums sums[2] = {};
-    SplitUnit before{weights, results};  // nothing is added to the first
-    for (int64_t pair = 0, turn = 0; pair < pairs; ++pair) {
+    alignas(64) float nowhere[kPairFloats] = {};
+    SplitUnit before{weights, nowhere};
+    int64_t turn = 0;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
         const bool more = pair + 1 < pairs;
         const uint8_t* const x = pair_at(p, i + pair * kPair, first, steps, near);
-        const uint16_t* const next =
-            split_row(p, more ? i + (pair + 1) * kPair : i).line(more ? first : next_step, 0);
+        const uint16_t* const next = split_row(p, more ? i + (pair + 1) * kPair : i).line(more ? first : next_step, 0);
         for (int64_t wide = 0; wide < row_pairs; ++wide, turn = 1 - turn) {
             const SplitUnit unit{weights + 2 * wide, results + (pair * apart + wide) * kPairFloats};
             prefetch_lines(next + wide * kAsked / 2, kAsked);
             multiply_unit(x, unit, steps, sums[turn], before, sums[1 - turn]);
             before = unit;
         }
-        if (!more) {
-            for (int64_t tile = 0; tile < 4; ++tile) add_tile(before, sums[1 - turn], tile);
-        }
     }
+    for (int64_t tile = 0; tile < 4; ++tile) add_tile(before, sums[1 - turn], tile);
 }
 
 // Results, tile by tile, and the rows of y they belong to.
