@@ -5,7 +5,8 @@ The slice is a checkpoint folder, for V4-Flash made by
     tenfold synth v4-flash DIR --layers 8 --experts 64        (10.2 GB, 8 of 43 layers, a step reads what V4's would)
 
 Contexts are random rows (`contexts.pretend`). The bound is the planner's: over all parts of a step the longer of
-reading its bytes and doing its operations, at the peaks measured in the same run. Results: results/decode.csv.
+reading its bytes and doing its operations, at the peaks measured in the same run: of float32 multiply-adds or, for what
+AMX multiplies, of its tiles. Results: results/decode.csv.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 import torch
 from runs import commit, machine_name
 
-from tenfold import Engine
+from tenfold import Engine, _native
 from tenfold.contexts import pretend
 from tenfold.engine import Session
-from tenfold.peaks import measure
+from tenfold.peaks import MeasuredPeaks, measure
 from tenfold.planner import Peaks, roofline_seconds, step_work
+from tenfold.planner.anatomy import Precision
 
 RESULTS = Path(__file__).parent / "results" / "decode.csv"
 CONTEXTS = (1024, 16 * 1024, 128 * 1024, 1024 * 1024)
@@ -109,8 +111,18 @@ def line(engine: Engine, context: int, tokens: int, position: int, times: list[f
 
 def peaks_now(engine: Engine) -> Peaks:
     found = measure(data=engine.model.head.data)  # mapped from the checkpoint, as all weights are
-    int8 = frozenset() if engine.exact else frozenset({"fp4", "fp4xfp8"})
-    return Peaks(found.read_bytes_per_s, found.float32_flops_per_s, found.int8_ops_per_s, int8)
+    return peaks_of(found, exact=engine.exact, tiles=_native.isa() == "amx")
+
+
+def peaks_of(found: MeasuredPeaks, *, exact: bool, tiles: bool) -> Peaks:
+    """A tile's instruction takes half as many bf16 numbers as bytes; of activations that meet MXFP4 one such number is
+    multiplied, of those that meet FP8 or bf16 and of queries two."""
+    rates = found.read_bytes_per_s, found.float32_flops_per_s, found.int8_ops_per_s
+    if exact:
+        return Peaks(*rates, int8=frozenset())
+    once = found.int8_ops_per_s / 2
+    achieved: dict[Precision, float] = {"fp4xfp8": once, "fp8": once / 2, "bf16": once / 2} if tiles else {}
+    return Peaks(*rates, int8=frozenset({"fp4", "fp4xfp8"}), achieved=achieved)
 
 
 def write(rows: list[dict[str, str]]) -> None:
