@@ -16,7 +16,7 @@ from tenfold.budget import SLACK_BYTES
 from tenfold.config import LayerSpec, RopeSpec
 from tenfold.formats import RowLayout, exact_layout
 from tenfold.machine import anonymous_bytes, shrink_heap
-from tenfold.ops import BatchOps, Experts, FusedOps, Ops, Rows, Weight
+from tenfold.ops import BatchOps, Experts, FusedOps, Ops, Rows, Weight, cpu_pool
 from tenfold.step import BatchSpan, Span, Step
 from tenfold.streams import GrowingRows
 from tenfold.tables import TableRows
@@ -122,6 +122,7 @@ def through_layers(layers: Sequence[Layer], h: Tensor, step: Step) -> Tensor:
             for place, (rows, tile) in enumerate(tiles):
                 h[rows] = layer.attend(h[rows], tile)
                 ended(index, place + 1, parts)
+            cpu_pool.release()  # experts begin when attention has given its memory back: the plan counts on it
             for place, (rows, tile) in enumerate(wide):
                 layer.feed(h[rows], tile)
                 ended(index, len(tiles) + place + 1, parts)
