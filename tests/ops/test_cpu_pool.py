@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tenfold import Engine
 from tenfold.ops import cpu_pool
 from tenfold.ops.cpu_pool import Pool
 
@@ -109,3 +110,24 @@ def test_each_thread_has_results_of_its_own(results: Pool) -> None:
     thread.join()
     one.fill_(4.0)
     assert bool((found[0] == 3.0).all())  # although its thread is gone
+
+
+def test_a_pass_leaves_nothing_and_gives_the_same_from_whatever_memory(
+    results: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ids = Engine.load("tiny-v4-flash", backend="cpu"), list(range(3, 303))
+    expected = engine.session(512).feed(ids)
+    monkeypatch.setattr(cpu_pool, "_LARGE_BYTES", 64)
+    taken: list[int] = []
+    take = results.take
+
+    def counted(num_bytes: int) -> Tensor:
+        taken.append(num_bytes)
+        return take(num_bytes)
+
+    monkeypatch.setattr(results, "take", counted)
+    session = engine.session(512)
+    assert torch.equal(session.feed(ids), expected)
+    assert len(taken) > 50
+    cpu_pool.release()
+    assert results.num_bytes == 0  # although the session keeps its last logits
