@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kStepColumns = 32;  // of one instruction
 constexpr int64_t kScaleSteps = 4;  // under one scale
+constexpr int64_t kBlock = kScaleSteps * kStepColumns;
 constexpr int64_t kFewPanel = 256;   // columns that are unpacked at a time for few: twice 8 KB, in the first cache
 
 inline int64_t steps_of(int64_t in) { return (in + kStepColumns - 1) / kStepColumns; }
@@ -103,7 +104,6 @@ struct Bf16Split {
 
 constexpr int64_t kPair = 2 * kTileSide;
 constexpr int64_t kPairBytes = kPair * 64;  // one part of a step of 32 rows
-constexpr int64_t kBlock = kScaleSteps * kStepColumns;
 
 // One row among the packed ones, of each step and part a line of 64 bytes.
 struct SplitRow {
@@ -183,7 +183,7 @@ TENFOLD_APART void unpack_split(const Matrix& m, const Weights& weights, int64_t
         const bool whole = Weights::kLine == kStepColumns || width - from > kStepColumns;
         Weights::unpack_fours(v, whole, reinterpret_cast<__m512i*>(to.words[from / kStepColumns]));
     }
-    weights.scales_at(row, last, k / 128, to.scales);
+    weights.scales_at(row, last, k / kBlock, to.scales);
 }
 
 // Sums of 128 columns from four tiles.
@@ -266,14 +266,14 @@ TENFOLD_APART void multiply_and_unpack(const SplitRight& x, const SplitPlace& at
     const int64_t steps = steps_of(at.width);
     const uint8_t* const first = x.at + at.k / kStepColumns * x.step_bytes;
     const auto turn = [&](auto block, int64_t place) __attribute__((always_inline)) {
-        constexpr int kBlock = decltype(block)::value;
-        const int64_t step = kBlock * kScaleSteps + place;
+        constexpr int kHalf = decltype(block)::value;
+        const int64_t step = kHalf * kScaleSteps + place;
         const bool there = Whole || step < steps;
         if (there) _tile_loadd(4, first + step * x.step_bytes, x.stride);
         if (there) _tile_loadd(5, first + step * x.step_bytes + x.part_bytes, x.stride);
-        unpack_row<Weights, Whole>(rows, place * 4 + kBlock * 2, width, ahead, next);
-        unpack_row<Weights, Whole>(rows, place * 4 + kBlock * 2 + 1, width, ahead, next);
-        if (there) multiply_left<kBlock>(now.words[step]);
+        unpack_row<Weights, Whole>(rows, place * 4 + kHalf * 2, width, ahead, next);
+        unpack_row<Weights, Whole>(rows, place * 4 + kHalf * 2 + 1, width, ahead, next);
+        if (there) multiply_left<kHalf>(now.words[step]);
     };
     _tile_zero(0);
     _tile_zero(1);
@@ -337,9 +337,9 @@ void multiply_few_split(const Product& p, int64_t first, int64_t last) {
                 for (int64_t r = 0; r < num_rows; ++r) results[r * apart + i] = y[r];
             }
         }
-        for (int64_t block = 0; block * 128 < at.width; ++block) {
+        for (int64_t block = 0; block * kBlock < at.width; ++block) {
             alignas(64) float scales[kTileSide];
-            weights.scales_at(at.row, last, at.k / 128 + block, scales);
+            weights.scales_at(at.row, last, at.k / kBlock + block, scales);
             add_scaled(sums.of[block], scales, count, results);
         }
         if (next.row != at.row) {
@@ -435,26 +435,75 @@ TENFOLD_APART void multiply_block(const Product& p, int64_t i, int64_t pairs, in
     for (int64_t tile = 0; tile < 4; ++tile) add_tile(before, sums[1 - turn], tile);
 }
 
+// The results of `pairs` pairs of activation rows from row i on with the weight rows [row, stop), and what they are made in.
+struct SplitPatch {
+    int64_t i, pairs, row, stop;
+    uint8_t* near;
+    float* results;
+    SplitBlock* blocks;
+    int64_t row_pairs() const { return pairs_of(stop - row); }
+};
+
+// Adds columns from k on: `deep` blocks of them, as many weight rows at a time as that leaves room for.
+template <class Weights>
+void multiply_columns(const Product& p, const Weights& weights, const SplitPatch& patch, int64_t k, int64_t deep) {
+    const int64_t in = p.weight.in, depth = smaller(deep, (in - k + kBlock - 1) / kBlock);
+    const int64_t together = kRowPairs / deep * kPair;
+    for (int64_t row = patch.row; row < patch.stop; row += together) {
+        const int64_t row_pairs = pairs_of(smaller(together, patch.stop - row)), groups = 2 * row_pairs;
+        for (int64_t group = 0; group < groups; ++group) {
+            for (int64_t block = 0; block < depth; ++block) {
+                unpack_split(p.weight, weights, row + group * kTileSide, patch.stop, k + block * kBlock, deep * kBlock,
+                             together, patch.blocks[block * groups + group]);
+            }
+        }
+        settle_memory();
+        float* const results = patch.results + (row - patch.row) / kPair * kPairFloats;
+        for (int64_t block = 0; block < depth; ++block) {
+            const int64_t from = k + block * kBlock, then = from + kBlock < in ? from + kBlock : 0;
+            multiply_block(p, patch.i, patch.pairs, from / kStepColumns, steps_of(smaller(kBlock, in - from)),
+                           then / kStepColumns, patch.blocks + block * groups, row_pairs, patch.row_pairs(), patch.near,
+                           results);
+        }
+    }
+}
+
 // Results, tile by tile, and the rows of y they belong to.
 template <class Run>
-inline void each_result(const Product& p, int64_t i, int64_t pairs, int64_t row, int64_t last, const Run& run) {
-    const int64_t row_pairs = pairs_of(last - row);
-    for (int64_t token = 0; token < pairs * kPair; ++token) {
-        float* const y = y_row(p, i + token, row);
-        for (int64_t r = row; r < last; r += kTileSide) {
-            const int64_t column = r - row, half = token % kPair / kTileSide, side = column % kPair / kTileSide;
-            const int64_t place = (token / kPair * row_pairs + column / kPair) * kPairFloats +
+inline void each_result(const Product& p, const SplitPatch& patch, const Run& run) {
+    for (int64_t token = 0; token < patch.pairs * kPair; ++token) {
+        float* const y = y_row(p, patch.i + token, patch.row);
+        for (int64_t r = patch.row; r < patch.stop; r += kTileSide) {
+            const int64_t column = r - patch.row, half = token % kPair / kTileSide, side = column % kPair / kTileSide;
+            const int64_t place = (token / kPair * patch.row_pairs() + column / kPair) * kPairFloats +
                                   ((2 * half + side) * kTileSide + token % kTileSide) * kTileSide;
-            const auto exist = static_cast<__mmask16>((1U << smaller(last - r, kTileSide)) - 1);
-            run(y + column, exist, place);
+            const auto exist = static_cast<__mmask16>((1U << smaller(patch.stop - r, kTileSide)) - 1);
+            run(y + column, exist, patch.results + place);
         }
     }
 }
 
 template <class Weights>
+void multiply_patch(const Product& p, const Weights& weights, const SplitPatch& patch) {
+    const int64_t numbers = patch.pairs * patch.row_pairs() * kPairFloats;
+    std::memset(patch.results, 0, static_cast<size_t>(numbers) * sizeof(float));
+    if (p.add) {
+        each_result(p, patch, [](const float* y, __mmask16 exist, float* result) {
+            _mm512_store_ps(result, _mm512_maskz_loadu_ps(exist, y));
+        });
+    }
+    const int64_t deep = patch.pairs <= kFewPairs ? kDeepBlocks : 1;
+    for (int64_t k = 0; k < p.weight.in; k += deep * kBlock) multiply_columns(p, weights, patch, k, deep);
+    each_result(p, patch, [](float* y, __mmask16 exist, const float* result) {
+        _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(result));
+    });
+}
+
+template <class Weights>
 void multiply_more_split(const Product& p, int64_t first, int64_t last) {
+    constexpr int64_t kTokens = kManyPairs * kPair, kRows = kRowPairs * kPair;
     const Weights weights(p.weight);
-    const int64_t in = p.weight.in, most_pairs = smaller(p.count / kPair, kManyPairs);
+    const int64_t most_pairs = smaller(p.count / kPair, kManyPairs);
     const int64_t most_row_pairs = smaller(pairs_of(last - first), kRowPairs);
     const int64_t near_bytes = kScaleSteps * 2 * kPairBytes, result_numbers = most_pairs * most_row_pairs * kPairFloats;
     const int64_t most_blocks = 2 * smaller(kRowPairs, kDeepBlocks * most_row_pairs);
@@ -463,39 +512,10 @@ void multiply_more_split(const Product& p, int64_t first, int64_t last) {
     uint8_t* const near = memory.take<uint8_t>(near_bytes);
     float* const results = memory.take<float>(result_numbers);
     SplitBlock* const blocks = memory.take<SplitBlock>(most_blocks);
-    for (int64_t i = 0; i < p.count; i += kManyPairs * kPair) {
-        const int64_t pairs = smaller(p.count - i, kManyPairs * kPair) / kPair;
-        for (int64_t row = first; row < last; row += kRowPairs * kPair) {
-            const int64_t stop = smaller(row + kRowPairs * kPair, last), row_pairs = pairs_of(stop - row);
-            std::memset(results, 0, static_cast<size_t>(pairs * row_pairs * kPairFloats) * sizeof(float));
-            if (p.add) {
-                each_result(p, i, pairs, row, stop, [=](const float* y, __mmask16 exist, int64_t place) {
-                    _mm512_store_ps(results + place, _mm512_maskz_loadu_ps(exist, y));
-                });
-            }
-            const int64_t deep = pairs <= kFewPairs ? kDeepBlocks : 1, together = kRowPairs / deep * kPair;
-            for (int64_t k = 0; k < in; k += deep * kBlock) {
-                const int64_t depth = smaller(deep, (in - k + kBlock - 1) / kBlock);
-                for (int64_t r = row; r < stop; r += together) {
-                    const int64_t wide_pairs = pairs_of(smaller(together, stop - r));
-                    for (int64_t group = 0; group < 2 * wide_pairs; ++group) {
-                        for (int64_t block = 0; block < depth; ++block) {
-                            unpack_split(p.weight, weights, r + group * kTileSide, stop, k + block * kBlock,
-                                         deep * kBlock, together, blocks[block * 2 * wide_pairs + group]);
-                        }
-                    }
-                    settle_memory();
-                    for (int64_t block = 0; block < depth; ++block) {
-                        const int64_t from = k + block * kBlock, then = from + kBlock < in ? from + kBlock : 0;
-                        multiply_block(p, i, pairs, from / kStepColumns, steps_of(smaller(kBlock, in - from)),
-                                       then / kStepColumns, blocks + block * 2 * wide_pairs, wide_pairs, row_pairs, near,
-                                       results + (r - row) / kPair * kPairFloats);
-                    }
-                }
-            }
-            each_result(p, i, pairs, row, stop, [=](float* y, __mmask16 exist, int64_t place) {
-                _mm512_mask_storeu_ps(y, exist, _mm512_load_ps(results + place));
-            });
+    for (int64_t i = 0; i < p.count; i += kTokens) {
+        for (int64_t row = first; row < last; row += kRows) {
+            const int64_t pairs = smaller(p.count - i, kTokens) / kPair, stop = smaller(row + kRows, last);
+            multiply_patch(p, weights, SplitPatch{i, pairs, row, stop, near, results, blocks});
         }
     }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -342,15 +343,19 @@ def test_experts_agree_with_float64_and_the_reference(
         assert_near(found, plain.double())
 
 
+def part_of_experts(
+    bank: Experts, x: Tensor, ids: Tensor, weights: Tensor, isa: str, part: slice, rounded: bool = False
+) -> Tensor:
+    """Some of the tokens through the experts that each has chosen."""
+    chosen = (x[part], ids[part], weights[part])
+    return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, rounded=rounded, isa=isa)
+
+
 @isa_cases
 def test_tokens_do_not_influence_each_other_in_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = bank_of(MXFP4, MXFP4, 5, 64, 544)
     x, (ids, weights) = rows(30, 64), routed(30, 3, 5)
-
-    def run(part: slice) -> Tensor:
-        chosen = (x[part], ids[part], weights[part])
-        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, isa=isa)
-
+    run = partial(part_of_experts, bank, x, ids, weights, isa)
     together = run(slice(None))
     assert torch.equal(torch.cat([run(slice(i, i + 1)) for i in range(30)]), together)
     assert torch.equal(torch.cat([run(slice(0, 11)), run(slice(11, 30))]), together)
@@ -614,11 +619,7 @@ def test_split_activations_that_are_large_tiny_or_not_finite(isa: str, n: int) -
 def test_rounded_experts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = bank_of(MXFP4, MXFP4, 5, 160, 544)
     x, (ids, weights) = rows(30, 160), routed(30, 3, 5)
-
-    def run(part: slice) -> Tensor:
-        chosen = (x[part], ids[part], weights[part])
-        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, rounded=True, isa=isa)
-
+    run = partial(part_of_experts, bank, x, ids, weights, isa, rounded=True)
     together = run(slice(None))
     assert relative_error(together, experts_law(x, ids, weights, bank, 10.0)) < 2e-2
     torch.set_num_threads(1)
@@ -635,11 +636,7 @@ def test_many_tokens_of_an_expert_do_not_influence_each_other(form: WeightFormat
     """Packed rows of an expert begin anywhere, also in the middle of what tiles multiply at once."""
     bank = bank_of(form, form, 3, 160, 288)
     x, (ids, weights) = rows(171, 160), routed(171, 2, 3)
-
-    def run(part: slice) -> Tensor:
-        chosen = (x[part], ids[part], weights[part])
-        return cpu_linear.experts(*chosen, bank, limit=10.0, weigh_first=True, rounded=True, isa=isa)
-
+    run = partial(part_of_experts, bank, x, ids, weights, isa, rounded=True)
     together = run(slice(None))
     assert relative_error(together, experts_law(x, ids, weights, bank, 10.0)) < 2e-2
     assert torch.equal(torch.cat([run(slice(i, i + 1)) for i in range(171)]), together)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from tenfold import Engine
+from tenfold import Engine, _native
 from tenfold.ops import cpu_pool
 from tenfold.ops.cpu_pool import Pool
 
@@ -82,6 +83,9 @@ def test_large_results_take_the_memory_of_those_that_are_gone(results: Pool) -> 
 def test_small_and_recorded_results_take_none_of_it(results: Pool) -> None:
     assert cpu_pool.empty(LARGE - 1).shape == (LARGE - 1,)
     assert cpu_pool.empty(0, LARGE).shape == (0, LARGE)
+    recorder = cast(_native.Recorder, object())  # a result asks for none of what it does
+    with _native.recorded_by(recorder):
+        assert cpu_pool.empty(LARGE).shape == (LARGE,)
     assert results.num_bytes == 0
 
 

@@ -59,7 +59,7 @@ class Pool:
     def release(self) -> None:
         """Slabs of which nothing is in use go back to the system."""
         self._sort_in()
-        free = {part for part in self._free if part in {_ends(slab) for slab in self._slabs}}
+        free = {_ends(slab) for slab in self._slabs}.intersection(self._free)
         self._slabs = [slab for slab in self._slabs if _ends(slab) not in free]
         self._free = [part for part in self._free if part not in free]
 
