@@ -23,6 +23,20 @@ inline __m256i down16_signed(__m256i v, int bits) { return _mm256_srai_epi16(v, 
 inline __m256i up16(__m256i v, int bits) { return _mm256_slli_epi16(v, bits); }
 inline __m256i up32(__m256i v, int bits) { return _mm256_slli_epi32(v, bits); }
 inline __m256i all_lanes(__m256i, int32_t value) { return _mm256_set1_epi32(value); }
+inline __m256 times(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+inline __m256 to_floats(__m256i v) { return _mm256_cvtepi32_ps(v); }
+inline __m256i look_up(__m256i table, __m256i at) { return _mm256_shuffle_epi8(table, at); }
+inline __m256i down16(__m256i v, int bits) { return _mm256_srli_epi16(v, bits); }
+inline __m256i sum32(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+inline __m256i low8(__m256i a, __m256i b) { return _mm256_unpacklo_epi8(a, b); }
+inline __m256i high8(__m256i a, __m256i b) { return _mm256_unpackhi_epi8(a, b); }
+inline __m256i low16(__m256i a, __m256i b) { return _mm256_unpacklo_epi16(a, b); }
+inline __m256i high16(__m256i a, __m256i b) { return _mm256_unpackhi_epi16(a, b); }
+inline __m256i low32(__m256i a, __m256i b) { return _mm256_unpacklo_epi32(a, b); }
+inline __m256i high32(__m256i a, __m256i b) { return _mm256_unpackhi_epi32(a, b); }
+inline __m256i low64(__m256i a, __m256i b) { return _mm256_unpacklo_epi64(a, b); }
+inline __m256i high64(__m256i a, __m256i b) { return _mm256_unpackhi_epi64(a, b); }
+inline __m256i rounded_product16(__m256i a, __m256i b) { return _mm256_mulhrs_epi16(a, b); }  // a b 2^-15
 inline bool has_byte(__m256i v, int8_t byte) {
     return _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(byte))) != 0;
 }
@@ -42,6 +56,16 @@ inline __m512i down16_signed(__m512i v, int bits) { return _mm512_srai_epi16(v, 
 inline __m512i up16(__m512i v, int bits) { return _mm512_slli_epi16(v, static_cast<unsigned>(bits)); }
 inline __m512i up32(__m512i v, int bits) { return _mm512_slli_epi32(v, static_cast<unsigned>(bits)); }
 inline __m512i all_lanes(__m512i, int32_t value) { return _mm512_set1_epi32(value); }
+inline __m512i sum32(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+inline __m512i low8(__m512i a, __m512i b) { return _mm512_unpacklo_epi8(a, b); }
+inline __m512i high8(__m512i a, __m512i b) { return _mm512_unpackhi_epi8(a, b); }
+inline __m512i low16(__m512i a, __m512i b) { return _mm512_unpacklo_epi16(a, b); }
+inline __m512i high16(__m512i a, __m512i b) { return _mm512_unpackhi_epi16(a, b); }
+inline __m512i low32(__m512i a, __m512i b) { return _mm512_unpacklo_epi32(a, b); }
+inline __m512i high32(__m512i a, __m512i b) { return _mm512_unpackhi_epi32(a, b); }
+inline __m512i low64(__m512i a, __m512i b) { return _mm512_unpacklo_epi64(a, b); }
+inline __m512i high64(__m512i a, __m512i b) { return _mm512_unpackhi_epi64(a, b); }
+inline __m512i rounded_product16(__m512i a, __m512i b) { return _mm512_mulhrs_epi16(a, b); }
 inline bool has_byte(__m512i v, int8_t byte) { return _mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(byte)) != 0; }
 
 constexpr int kSide = 2;
@@ -73,6 +97,20 @@ inline Ints beside(const uint8_t* const* rows, int64_t offset) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
+// Bytes with the sign of others.
+inline Ints signed_as(Ints bytes, Ints sign) {
+    return _mm512_mask_sub_epi8(bytes, _mm512_movepi8_mask(sign), no_ints(), bytes);
+}
+
+// sum + products of numbers of 16 bits, by twos.
+inline Ints add_pairs(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+// The halves of a's side added, beside those of b's.
+inline Ints halves_sum(Ints a, Ints b) {
+    const Ints first = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), b);
+    return sum32(first, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15), b));
+}
+
 // start + products of unsigned bytes a, b and signed bytes x, y, by fours.
 inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, a, x), b, y);
@@ -94,6 +132,8 @@ inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 inline Floats all_floats(float value) { return _mm256_set1_ps(value); }
 inline void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
 inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
+inline Ints spread(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline Ints spread(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
 
 // From memory: sixteen registers hold sums and weights, and loaded beforehand x would drive the sums out of them.
 inline Floats add_product_of(Floats a, const float* x, Floats sum) {
@@ -103,6 +143,14 @@ inline Floats add_product_of(Floats a, const float* x, Floats sum) {
 
 inline Ints beside(const uint8_t* const* rows, int64_t offset) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[0] + offset));
+}
+
+inline Ints signed_as(Ints bytes, Ints sign) { return _mm256_sign_epi8(bytes, sign); }
+
+inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum32(sum, _mm256_madd_epi16(a, b)); }
+
+inline Ints halves_sum(Ints a, Ints b) {
+    return sum32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 
 inline __m256 row_of(Floats v, int) { return v; }

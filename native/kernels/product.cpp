@@ -141,8 +141,8 @@ void pack_any(Format format, const float* x, int64_t in, float* panels, int64_t 
     switch (format) {
         case Format::mxfp4: return pack<NibbleOrder>(x, in, panels, panel_rows, row);
         case Format::fp8:
-        case Format::fp8_split:
-        case Format::fp8_f32scale_split:
+        case Format::fp8_rounded:
+        case Format::fp8_f32scale_rounded:
         case Format::fp8_f32scale: return pack<ByteOrder>(x, in, panels, panel_rows, row);
         default: return pack<NaturalOrder>(x, in, panels, panel_rows, row);
     }
@@ -482,6 +482,7 @@ void pack_row(Format format, const float* x, int64_t in, float* panels, int64_t 
     if (format > Format::bf16_split) return pack_row_split<Fp8Split<uint8_t>>(x, in, panels, panel_rows, row);
 #else
     if (format == Format::mxfp4_rounded) return pack_row_int8(x, in, panels, panel_rows, row);
+    if (format > Format::bf16_split) return pack_row_int16(x, in, panels, panel_rows, row);
 #endif
     pack_any(format, x, in, panels, panel_rows, row);
 }
@@ -498,13 +499,13 @@ void multiply(const Product& product, int64_t first, int64_t last) {
 #ifdef __AMX_BF16__
         case Format::mxfp4_rounded: return multiply_rounded(product, first, last);
         case Format::bf16_split: return multiply_split<Bf16Split>(product, first, last);
-        case Format::fp8_split: return multiply_split<Fp8Split<uint8_t>>(product, first, last);
-        case Format::fp8_f32scale_split: return multiply_split<Fp8Split<float>>(product, first, last);
+        case Format::fp8_rounded: return multiply_split<Fp8Split<uint8_t>>(product, first, last);
+        case Format::fp8_f32scale_rounded: return multiply_split<Fp8Split<float>>(product, first, last);
 #else
         case Format::mxfp4_rounded: return multiply_int8(product, first, last);
         case Format::bf16_split: return multiply_as<Bf16Row>(product, first, last);
-        case Format::fp8_split: return multiply_fp8<uint8_t>(product, first, last);
-        case Format::fp8_f32scale_split: return multiply_fp8<float>(product, first, last);
+        case Format::fp8_rounded:
+        case Format::fp8_f32scale_rounded: return multiply_int16(product, first, last);
 #endif
     }
 }

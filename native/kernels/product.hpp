@@ -11,7 +11,7 @@ namespace tenfold::TENFOLD_ISA {
 
 // As in src/tenfold/ops/cpu_linear.py. mxfp4_rounded is mxfp4, multiplied with activations rounded to int8, or with
 // AMX to bf16; the ones behind it are bf16, fp8 and fp8_f32scale, with AMX multiplied with activations in two parts of bf16.
-enum class Format : int32_t { f32, bf16, fp8, fp8_f32scale, mxfp4, mxfp4_rounded, bf16_split, fp8_split, fp8_f32scale_split };
+enum class Format : int32_t { f32, bf16, fp8, fp8_f32scale, mxfp4, mxfp4_rounded, bf16_split, fp8_rounded, fp8_f32scale_rounded };
 
 // A weight as it is stored (spec 3.1), [out, in]; in is a multiple of 32 for mxfp4.
 struct Matrix {
@@ -50,5 +50,9 @@ void multiply(const Product& product, int64_t first, int64_t last);
 // The same for mxfp4_rounded without AMX (product_int8.cpp); the panels take less memory than those of numbers.
 void pack_row_int8(const float* x, int64_t in, void* panels, int64_t panel_rows, int64_t row);
 void multiply_int8(const Product& product, int64_t first, int64_t last);
+
+// The same for fp8 with rounded activations without AMX (product_int16.cpp).
+void pack_row_int16(const float* x, int64_t in, void* panels, int64_t panel_rows, int64_t row);
+void multiply_int16(const Product& product, int64_t first, int64_t last);
 
 }  // namespace tenfold::TENFOLD_ISA
