@@ -1,10 +1,11 @@
-"""Error of rounded activations: MXFP4 products of V4-Flash's shapes against float64. Knows nothing of speed.
+"""Error of rounded activations: products of V4-Flash's shapes against float64. Knows nothing of speed.
 
     python benchmarks/activations.py
 
-float32 and int8 per 32 are the kernels themselves; e4m3 per 128 with a scale that is a power of two is what the
-official inference multiplies, in float64 but for that rounding. Errors are norms relative to the result's; the largest
-single one is relative to the result's root mean square. Writes benchmarks/results/activations.csv.
+float32 and what deployed numerics make of activations, by instruction set, are the kernels themselves; e4m3 per 128
+with a scale that is a power of two is what the official inference multiplies, in float64 but for that rounding. Errors
+are norms relative to the result's; the largest single one is relative to the result's root mean square. Writes
+benchmarks/results/activations.csv.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from tenfold.formats import MXFP4
+from tenfold import _native
+from tenfold.formats import FP8_BLOCK, MXFP4, WeightFormat
 from tenfold.ops import Weight, cpu, cpu_rounded, reference
 from tenfold.quantise import quantize, scale_bytes, scale_values
 
@@ -46,11 +48,13 @@ class Dense:
 
 def main() -> None:
     torch.manual_seed(1)
-    shapes = ((INNER, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN))
-    weights = [quantize("w", torch.randn(shape) * shape[1] ** -0.5, MXFP4) for shape in shapes]
-    rows = [row for name, x in inputs() for row in measured(name, x, weights)]
+    rows = []
+    for form in (MXFP4, FP8_BLOCK):
+        shapes = ((INNER, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN))
+        weights = [quantize("w", torch.randn(shape) * shape[1] ** -0.5, form) for shape in shapes]
+        rows += [row for name, x in inputs() for row in measured(name, x, weights)]
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:
@@ -71,23 +75,36 @@ def measured(name: str, x: Tensor, weights: list[Weight]) -> Iterator[dict[str, 
     dense = Dense(*(reference.dequantize(weight).double() for weight in weights))
     ways: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "float32": (partial(cpu.linear, x, w1), partial(cpu.feed_forward, x, w1, w2, w3, LIMIT)),
-        "int8 per 32": (partial(cpu_rounded.linear, x, w1), partial(cpu_rounded.feed_forward, x, w1, w2, w3, LIMIT)),
         "e4m3 per 128": (
             partial(dense.linear, x.double(), rounded_to_e4m3),
             partial(dense.expert, x.double(), rounded_to_e4m3),
         ),
     }
+    for activations, isa in roundings(w1.format):
+        ways[activations] = (
+            partial(cpu_rounded.linear, x, w1, isa=isa),
+            partial(cpu_rounded.feed_forward, x, w1, w2, w3, LIMIT, isa=isa),
+        )
     laws = dense.linear(x.double(), unrounded), dense.expert(x.double(), unrounded)
     for activations, found in ways.items():
         for operation, run, law in zip(("linear", "expert"), found, laws, strict=True):
             error = run().double() - law
             yield {
+                "weights": w1.format.name,
                 "operation": operation,
                 "inputs": name,
                 "activations": activations,
                 "relative_error": f"{float(error.norm() / law.norm()):.2e}",
                 "largest_error": f"{float(error.abs().max() / law.square().mean().sqrt()):.2e}",
             }
+
+
+def roundings(form: WeightFormat) -> Iterator[tuple[str, str]]:
+    """What deployed numerics make of activations, and with which instruction set, of those that this CPU has."""
+    isas = _native.available_isas()
+    yield "int8 per 32" if form is MXFP4 else "int16 per 128", next(isa for isa in isas if isa != "amx")
+    if "amx" in isas:
+        yield "bf16" if form is MXFP4 else "two bf16", "amx"
 
 
 def unrounded(x: Tensor) -> Tensor:

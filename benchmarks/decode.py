@@ -116,12 +116,14 @@ def peaks_now(engine: Engine) -> Peaks:
 
 def peaks_of(found: MeasuredPeaks, *, exact: bool, tiles: bool) -> Peaks:
     """A tile's instruction takes half as many bf16 numbers as bytes; of activations that meet MXFP4 one such number is
-    multiplied, of those that meet FP8 or bf16 and of queries two."""
+    multiplied, of those that meet FP8 or bf16 and of queries two. Without tiles FP8 is multiplied in 16 bits."""
     rates = found.read_bytes_per_s, found.float32_flops_per_s, found.int8_ops_per_s
     if exact:
         return Peaks(*rates, int8=frozenset())
     once = found.int8_ops_per_s / 2
-    achieved: dict[Precision, float] = {"fp4xfp8": once, "fp8": once / 2, "bf16": once / 2} if tiles else {}
+    achieved: dict[Precision, float] = {"fp8": found.int16_ops_per_s}
+    if tiles:
+        achieved = {"fp4xfp8": once, "fp8": once / 2, "bf16": once / 2}
     return Peaks(*rates, int8=frozenset({"fp4", "fp4xfp8"}), achieved=achieved)
 
 

@@ -3,10 +3,10 @@
     python benchmarks/ops.py [WORD ...] [--peers FOLDER]
 
 Takes the cases whose name ("v4-flash linear attn.wo_b fp8 n=64") holds each WORD. Contenders of a case alternate in
-one process: tenfold with float32 activations and with int8 ones (those that meet FP8 and bf16, with AMX, as two bf16
-numbers each), torch's float32 products on weights already unpacked, and with --peers ggml, whose libraries are in
-FOLDER, the folder llama_cpp/lib of an installed llama-cpp-python. Each has to give the true result first: float64 for
-products, else the reference.
+one process: tenfold with float32 activations and with those of deployed numerics (int8 where they meet MXFP4, int16
+where they meet FP8; with AMX one bf16 number each, two where they meet FP8 and bf16), torch's float32 products on
+weights already unpacked, and with --peers ggml, whose libraries are in FOLDER, the folder llama_cpp/lib of an installed
+llama-cpp-python. Each has to give the true result first: float64 for products, else the reference.
 
 A row of benchmarks/results/ops.csv is one contender: p20, p50 and p80 of its runs; the bytes it reads and what it
 computes, per second; the share of the limit that binds it, which is reading its bytes (at the pace at which a plain
@@ -137,10 +137,14 @@ def row(
 ) -> dict[str, str]:
     low, _, _, high = statistics.quantiles(times, n=5)
     middle = statistics.median(times)
-    peak = limits.int8_ops_per_s if contender.arithmetic == "int8" else limits.float32_flops_per_s
+    peaks_by_arithmetic = {
+        "float32": limits.float32_flops_per_s,
+        "int8": limits.int8_ops_per_s,
+        "int16": limits.int16_ops_per_s,
+    }
     bounds = {
         "read": contender.num_bytes / limits.read_bytes_per_s,
-        contender.arithmetic: case.operations / peak,
+        contender.arithmetic: case.operations / peaks_by_arithmetic[contender.arithmetic],
     }
     limit = max(bounds, key=lambda name: bounds[name])
     return {
@@ -176,6 +180,7 @@ def write(rows: list[dict[str, str]], limits: peaks.MeasuredPeaks) -> None:
         "commit": head.stdout.strip(),
         "float32_gop_s": f"{limits.float32_flops_per_s / 1e9:.0f}",
         "int8_gop_s": f"{limits.int8_ops_per_s / 1e9:.0f}",
+        "int16_gop_s": f"{limits.int16_ops_per_s / 1e9:.0f}",
     }
     fresh = {tuple(found[name] for name in KEY) for found in rows}
     kept: list[dict[str, str]] = []

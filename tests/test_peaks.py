@@ -25,7 +25,8 @@ def test_every_byte_is_read(isa: str, size: int) -> None:
 
 @pytest.mark.parametrize("isa", _native.available_isas())
 def test_operations_are_counted_by_thread_and_round(isa: str) -> None:
-    for name, seed in (("peak_float32", torch.ones(3)), ("peak_int8", torch.ones(3, dtype=torch.int8))):
+    for dtype in (torch.float32, torch.int8, torch.int16):
+        name, seed = f"peak_{str(dtype).removeprefix('torch.')}", torch.ones(3, dtype=dtype)
         counts = []
         for rounds, threads in ((1000, 1), (2000, 1), (1000, 2)):
             operations = torch.zeros(1, dtype=torch.int64)
@@ -41,4 +42,5 @@ def test_measured_peaks_are_positive() -> None:
     found = peaks.measure(runs=1)
     assert found.read_bytes_per_s > 0
     assert found.int8_ops_per_s > 0
+    assert found.int16_ops_per_s > 0
     assert found.float32_flops_per_s > 0

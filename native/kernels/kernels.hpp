@@ -163,6 +163,7 @@ void attend_sessions(const float* q, const Rows* sources, int64_t num_sources, c
 void peak_read(const uint8_t* data, int64_t bytes, int64_t* sum, int32_t threads);
 void peak_float32(int64_t rounds, const float* seed, int64_t* operations, int32_t threads);
 void peak_int8(int64_t rounds, const int8_t* seed, int64_t* operations, int32_t threads);
+void peak_int16(int64_t rounds, const int16_t* seed, int64_t* operations, int32_t threads);
 
 }  // namespace TENFOLD_ISA
 #endif

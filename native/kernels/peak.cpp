@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kMany = 1 << 20;  // large enough for split_rows to use all threads
 constexpr int kChains = 12;         // independent sums, enough to hide the latency of one
+[[maybe_unused]] constexpr int kSumChains = 6;  // the same where additions of whole numbers take a cycle
 
 #ifdef __AVX2__
 
@@ -117,21 +118,64 @@ constexpr int64_t kBytesPerRound = kChains * 64;
 #else
 
 int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
-    __m256i sums[kChains];
-    for (int i = 0; i < kChains; ++i) sums[i] = _mm256_set1_epi16(seed[0]);
+    __m256i sums[kSumChains];
+#pragma GCC unroll 6
+    for (int i = 0; i < kSumChains; ++i) sums[i] = _mm256_set1_epi16(seed[0]);
     __m256i weights = _mm256_set1_epi8(seed[1]);
     const __m256i values = _mm256_set1_epi8(seed[2]);
     for (int64_t round = 0; round < rounds; ++round) {
-        for (int i = 0; i < kChains; ++i) {
+#pragma GCC unroll 6
+        for (int i = 0; i < kSumChains; ++i) {
             __asm__ volatile("" : "+x"(weights));  // else the product would be computed once
             sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(weights, values));
         }
     }
-    for (int i = 1; i < kChains; ++i) sums[0] = _mm256_add_epi16(sums[0], sums[i]);
+#pragma GCC unroll 6
+    for (int i = 1; i < kSumChains; ++i) sums[0] = _mm256_add_epi16(sums[0], sums[i]);
     return _mm256_extract_epi16(sums[0], 0);
 }
 
-constexpr int64_t kBytesPerRound = kChains * 32;
+constexpr int64_t kBytesPerRound = kSumChains * 32;
+
+#endif
+
+// Products of numbers of 16 bits, summed by twos as the FP8 products do: by vpdpwssd, or vpmaddwd and an addition.
+#ifdef __AVX512VNNI__
+
+int64_t multiply_int16(int64_t rounds, const int16_t* seed) {
+    __m512i sums[kChains];
+    for (int i = 0; i < kChains; ++i) sums[i] = _mm512_set1_epi32(seed[0]);
+    const __m512i weights = _mm512_set1_epi16(seed[1]), values = _mm512_set1_epi16(seed[2]);
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int i = 0; i < kChains; ++i) sums[i] = _mm512_dpwssd_epi32(sums[i], weights, values);
+    }
+    for (int i = 1; i < kChains; ++i) sums[0] = _mm512_add_epi32(sums[0], sums[i]);
+    return _mm512_cvtsi512_si32(sums[0]);
+}
+
+constexpr int64_t kWordsPerRound = kChains * 32;
+
+#else
+
+int64_t multiply_int16(int64_t rounds, const int16_t* seed) {
+    __m256i sums[kSumChains];
+#pragma GCC unroll 6
+    for (int i = 0; i < kSumChains; ++i) sums[i] = _mm256_set1_epi32(seed[0]);
+    __m256i weights = _mm256_set1_epi16(seed[1]);
+    const __m256i values = _mm256_set1_epi16(seed[2]);
+    for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 6
+        for (int i = 0; i < kSumChains; ++i) {
+            __asm__ volatile("" : "+x"(weights));  // else the product would be computed once
+            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(weights, values));
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 1; i < kSumChains; ++i) sums[0] = _mm256_add_epi32(sums[0], sums[i]);
+    return _mm_cvtsi128_si32(_mm256_castsi256_si128(sums[0]));
+}
+
+constexpr int64_t kWordsPerRound = kSumChains * 16;
 
 #endif
 
@@ -158,7 +202,8 @@ int64_t multiply_float32(int64_t rounds, const float* seed) {
     return static_cast<int64_t>(sums[0]);
 }
 
-int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
+template <class Number>
+int64_t multiply_whole(int64_t rounds, const Number* seed) {
     int32_t sums[kChains];
     for (int i = 0; i < kChains; ++i) sums[i] = seed[0];
     for (int64_t round = 0; round < rounds; ++round) {
@@ -171,9 +216,25 @@ int64_t multiply_int8(int64_t rounds, const int8_t* seed) {
     return sums[0];
 }
 
-constexpr int64_t kFloatsPerRound = kChains, kBytesPerRound = kChains;
+int64_t multiply_int8(int64_t rounds, const int8_t* seed) { return multiply_whole(rounds, seed); }
+int64_t multiply_int16(int64_t rounds, const int16_t* seed) { return multiply_whole(rounds, seed); }
+
+constexpr int64_t kFloatsPerRound = kChains, kBytesPerRound = kChains, kWordsPerRound = kChains;
 
 #endif
+
+// Every thread multiplies; a multiply-add is two operations.
+template <class Number>
+void count(int64_t rounds, const Number* seed, int64_t (*multiply)(int64_t, const Number*), int64_t each,
+           int64_t* operations, int32_t threads) {
+    *operations = 0;
+    split_rows(threads, kMany, threads, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t kept = multiply(rounds, seed) == 1 ? 1 : 0;  // used, so that it is computed
+            __atomic_fetch_add(operations, 2 * each * rounds + kept, __ATOMIC_RELAXED);
+        }
+    });
+}
 
 }  // namespace
 
@@ -186,23 +247,15 @@ void peak_read(const uint8_t* data, int64_t bytes, int64_t* sum, int32_t threads
 }
 
 void peak_float32(int64_t rounds, const float* seed, int64_t* operations, int32_t threads) {
-    *operations = 0;
-    split_rows(threads, kMany, threads, [=](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t kept = multiply_float32(rounds, seed) == 1 ? 1 : 0;  // used, so that it is computed
-            __atomic_fetch_add(operations, 2 * kFloatsPerRound * rounds + kept, __ATOMIC_RELAXED);
-        }
-    });
+    count(rounds, seed, multiply_float32, kFloatsPerRound, operations, threads);
 }
 
 void peak_int8(int64_t rounds, const int8_t* seed, int64_t* operations, int32_t threads) {
-    *operations = 0;
-    split_rows(threads, kMany, threads, [=](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t kept = multiply_int8(rounds, seed) == 1 ? 1 : 0;
-            __atomic_fetch_add(operations, 2 * kBytesPerRound * rounds + kept, __ATOMIC_RELAXED);
-        }
-    });
+    count(rounds, seed, multiply_int8, kBytesPerRound, operations, threads);
+}
+
+void peak_int16(int64_t rounds, const int16_t* seed, int64_t* operations, int32_t threads) {
+    count(rounds, seed, multiply_int16, kWordsPerRound, operations, threads);
 }
 
 }  // namespace tenfold::TENFOLD_ISA

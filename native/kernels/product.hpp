@@ -10,7 +10,8 @@
 namespace tenfold::TENFOLD_ISA {
 
 // As in src/tenfold/ops/cpu_linear.py. mxfp4_rounded is mxfp4, multiplied with activations rounded to int8, or with
-// AMX to bf16; the ones behind it are bf16, fp8 and fp8_f32scale, with AMX multiplied with activations in two parts of bf16.
+// AMX to bf16; the ones behind it are bf16, fp8 and fp8_f32scale, with AMX multiplied with activations in two parts of
+// bf16, and without it, but for bf16, with ones rounded to int16.
 enum class Format : int32_t { f32, bf16, fp8, fp8_f32scale, mxfp4, mxfp4_rounded, bf16_split, fp8_rounded, fp8_f32scale_rounded };
 
 // A weight as it is stored (spec 3.1), [out, in]; in is a multiple of 32 for mxfp4.

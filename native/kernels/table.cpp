@@ -64,6 +64,7 @@ extern const Kernel kernels[] = {
     line<peak_read>("peak_read"),
     line<peak_float32>("peak_float32"),
     line<peak_int8>("peak_int8"),
+    line<peak_int16>("peak_int16"),
     {nullptr, nullptr, nullptr},
 };
 

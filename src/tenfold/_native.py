@@ -78,6 +78,7 @@ _KERNELS = {
     "peak_read": (_POINTER, _INT64, _POINTER, _INT32),
     "peak_float32": (_INT64, _POINTER, _POINTER, _INT32),
     "peak_int8": (_INT64, _POINTER, _POINTER, _INT32),
+    "peak_int16": (_INT64, _POINTER, _POINTER, _INT32),
 }
 
 

@@ -1,4 +1,4 @@
-"""What this machine reaches at best: memory reads, float32 and int8 multiply-adds, measured in a second or two.
+"""What this machine reaches at best: memory reads, float32, int8 and int16 multiply-adds, measured in a second or two.
 
 The limits that kernels are judged by and times are predicted from. Knows nothing of models.
 """
@@ -29,6 +29,7 @@ class MeasuredPeaks:
     read_bytes_per_s: float
     float32_flops_per_s: float
     int8_ops_per_s: float
+    int16_ops_per_s: float
 
 
 def measure(runs: int = _RUNS, data: Tensor | None = None) -> MeasuredPeaks:
@@ -36,12 +37,14 @@ def measure(runs: int = _RUNS, data: Tensor | None = None) -> MeasuredPeaks:
 
     Reads are those of `data`, dense and far larger than the caches, else of fresh memory: on a virtual machine one
     piece of memory may read at twice the rate of another. int8 multiply-adds go as in the index and the int8 products:
-    tiles of AMX, vpdpbusd, or vpmaddubsw and a 16-bit addition.
+    tiles of AMX, vpdpbusd, or vpmaddubsw and a 16-bit addition. int16 ones go as in the FP8 products without AMX:
+    vpdpwssd, or vpmaddwd and a 32-bit addition.
     """
     return MeasuredPeaks(
         read_bytes_per_s=_read(torch.ones(_READ_BYTES, dtype=torch.uint8) if data is None else data, runs),
         float32_flops_per_s=_compute("peak_float32", torch.tensor([1.0, 0.5, 0.25]), runs),
         int8_ops_per_s=_compute("peak_int8", torch.tensor([1, 2, 3], dtype=torch.int8), runs),
+        int16_ops_per_s=_compute("peak_int16", torch.tensor([1, 2, 3], dtype=torch.int16), runs),
     )
 
 

@@ -23,7 +23,7 @@ from tenfold.planner.clocks import index_tile
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks beyond any machine, few runs, a small file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(peaks, "measure", lambda: MeasuredPeaks(1e15, 1e17, 1e17))
+    monkeypatch.setattr(peaks, "measure", lambda: MeasuredPeaks(1e15, 1e17, 1e17, 1e17))
     for name, value in {
         "_CONTEXT": 130,
         "_DECODES": 3,

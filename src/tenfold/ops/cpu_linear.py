@@ -2,9 +2,9 @@
 
 Weights are multiplied as they are stored, so a mapped checkpoint needs no memory of its own. Activations stay
 float32, and the only error is that of float32 sums, about 1e-7. With `rounded` those that meet MXFP4 weights are
-rounded to int8, one scale per 32; on CPUs with AMX these are rounded to bf16 and those that meet FP8 and bf16 weights
-to two bf16 numbers each, which is faster; docs/concepts/numerics.md has the errors. Knows nothing of any other
-operation, nor who chooses.
+rounded to int8, one scale per 32, and those that meet FP8 weights to some 11 bits of int16, one scale per 128; on CPUs
+with AMX the first become bf16 and those that meet FP8 and bf16 weights two bf16 numbers each. That is faster;
+docs/concepts/numerics.md has the errors. Knows nothing of any other operation, nor who chooses.
 """
 
 from __future__ import annotations
