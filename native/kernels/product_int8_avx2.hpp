@@ -238,9 +238,9 @@ public:
         part_ = part_of(block);
     }
 
-    // Four bytes of even columns, and of odd ones, everywhere.
-    __m256i even(int t, int at) const { return four(quad_[t]->pair[pair_].even + 16 * half_ + 4 * at); }
-    __m256i odd(int t, int at) const { return four(quad_[t]->pair[pair_].odd + 16 * half_ + 4 * at); }
+    // Four bytes of even columns, and of odd ones.
+    const int8_t* even(int t, int at) const { return quad_[t]->pair[pair_].even + 16 * half_ + 4 * at; }
+    const int8_t* odd(int t, int at) const { return quad_[t]->pair[pair_].odd + 16 * half_ + 4 * at; }
 
     int64_t part() const { return part_; }
 
@@ -250,12 +250,6 @@ public:
     }
 
 private:
-    static __m256i four(const int8_t* from) {
-        int32_t bytes;
-        std::memcpy(&bytes, from, sizeof(bytes));
-        return _mm256_set1_epi32(bytes);
-    }
-
     const Quad* quad_[Tokens];
     int64_t pair_ = 0, half_ = 0, part_ = 0;
 };
@@ -299,30 +293,75 @@ TENFOLD_APART void unpack(const Eight& rows, int64_t in, int64_t pair, const Eig
     }
 }
 
+// Pairs of products of four columns' bytes, of one group or of two, added in this order: the compiler would multiply for
+// all activation rows before it adds, and run out of registers.
+template <bool Add>
+inline void add_four(__m256i codes, const int8_t* x, __m256i& pairs) {
+    __m256i four;
+    if constexpr (Add) {
+        __asm__("vpbroadcastd %3, %1\n\t"
+                "vpmaddubsw %1, %2, %1\n\t"
+                "vpaddw %1, %0, %0"
+                : "+x"(pairs), "=&x"(four)
+                : "x"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+    } else {
+        __asm__("vpbroadcastd %2, %0\n\t"
+                "vpmaddubsw %0, %1, %0"
+                : "=&x"(pairs)
+                : "x"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+    }
+}
+
+template <bool Add>
+inline void add_four(__m256i first, __m256i second, const int8_t* x, __m256i& first_pairs, __m256i& second_pairs) {
+    __m256i four, product;
+    if constexpr (Add) {
+        __asm__("vpbroadcastd %6, %2\n\t"
+                "vpmaddubsw %2, %4, %3\n\t"
+                "vpaddw %3, %0, %0\n\t"
+                "vpmaddubsw %2, %5, %2\n\t"
+                "vpaddw %2, %1, %1"
+                : "+x"(first_pairs), "+x"(second_pairs), "=&x"(four), "=&x"(product)
+                : "x"(first), "x"(second), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+    } else {
+        __asm__("vpbroadcastd %4, %1\n\t"
+                "vpmaddubsw %1, %2, %0\n\t"
+                "vpmaddubsw %1, %3, %1"
+                : "=&x"(first_pairs), "=&x"(second_pairs)
+                : "x"(first), "x"(second), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+    }
+}
+
+template <bool Add, int Groups, int Tokens>
+inline void add_fours(const Block* tile, int at, const Activations<Tokens>& x, __m256i (&pairs)[Groups][Tokens]) {
+    const __m256i first = tile->codes[at], last = tile[(Groups - 1) * kGroupBlocks].codes[at];
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+        const int8_t* const four = at % 2 == 0 ? x.even(t, at / 2) : x.odd(t, at / 2);
+        if constexpr (Groups == 2) {
+            add_four<Add>(first, last, four, pairs[0][t], pairs[1][t]);
+        } else {
+            add_four<Add>(first, four, pairs[0][t]);
+        }
+    }
+}
+
 template <int Groups, int Tokens>
 inline void add_blocks(const Block* tile, const Activations<Tokens>& x, __m256 (&sums)[Groups][Tokens]) {
     __m256i exact[Groups][Tokens];
 #pragma GCC unroll 2
-    for (int first = 0; first < 8; first += 4) {  // four products stay within 16 bits
+    for (int at = 0; at < 8; at += 4) {  // four products stay within 16 bits
         __m256i pairs[Groups][Tokens];
-#pragma GCC unroll 4
-        for (int i = first; i < first + 4; ++i) {
-#pragma GCC unroll 4
-            for (int t = 0; t < Tokens; ++t) {
-                const __m256i four = i % 2 == 0 ? x.even(t, i / 2) : x.odd(t, i / 2);
-#pragma GCC unroll 4
-                for (int g = 0; g < Groups; ++g) {
-                    const __m256i product = _mm256_maddubs_epi16(tile[g * kGroupBlocks].codes[i], four);
-                    pairs[g][t] = i == first ? product : _mm256_add_epi16(pairs[g][t], product);
-                }
-            }
-        }
+        add_fours<false>(tile, at, x, pairs);
+        add_fours<true>(tile, at + 1, x, pairs);
+        add_fours<true>(tile, at + 2, x, pairs);
+        add_fours<true>(tile, at + 3, x, pairs);
 #pragma GCC unroll 4
         for (int g = 0; g < Groups; ++g) {
 #pragma GCC unroll 4
             for (int t = 0; t < Tokens; ++t) {
                 const __m256i half_sum = in_32_bits(pairs[g][t]);
-                exact[g][t] = first == 0 ? half_sum : _mm256_add_epi32(exact[g][t], half_sum);
+                exact[g][t] = at == 0 ? half_sum : _mm256_add_epi32(exact[g][t], half_sum);
             }
         }
     }
