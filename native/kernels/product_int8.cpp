@@ -1,9 +1,8 @@
 // Mxfp4 weights times activations rounded to int8, one scale per 32: the products within a block are exact integers. The
 // build for AMX rounds them to bf16 instead (product_mxfp4_amx.hpp).
 //
-// As a byte 2 w + 12 every weight is an unsigned number up to 24, so that byte products are summed in 16 bits without
-// overflow (4 * 24 * 127 < 2^15); 12 times the sum of the activations is taken off afterwards, in 32 bits. Each
-// instruction set keeps the activations in an order of its own.
+// As a byte 2 w + 12 every weight is an unsigned number up to 24; 12 times the sum of the activations is taken off
+// before or afterwards. Each instruction set keeps the activations in an order of its own.
 #include "product_int8.hpp"
 
 #ifndef __AMX_BF16__

@@ -19,8 +19,8 @@ constexpr int64_t part_of(int64_t block) { return block % 8 / 2 + block % 2 * 4;
 
 // Up to 256 activations, in panels behind one another; of the last quad of a row only the pairs that exist.
 struct Quad {
-    float scale[kParts];        // of each block, by parts: half its scale
-    int32_t correction[kParts];  // -12 times the sum of its bytes
+    float scale[kParts];  // of each block, by parts: half its scale
+    int16_t start[kParts][2];  // -12 times the sums of its bytes: of the first two of every four columns, of the others
     struct {
         int8_t even[32], odd[32];  // of either block 16
     } pair[kQuadPairs];
@@ -47,7 +47,14 @@ inline void keep_block(const Rounded& block, int64_t in, void* panels, int64_t p
     std::memcpy(to.pair[place].even + 16 * half, block.even, sizeof(block.even));
     std::memcpy(to.pair[place].odd + 16 * half, block.odd, sizeof(block.odd));
     to.scale[part] = block.half;
-    to.correction[part] = -12 * block.sum;
+    const __m128i twelve = _mm_set1_epi8(12);
+    const __m128i even = _mm_maddubs_epi16(twelve, _mm_loadu_si128(reinterpret_cast<const __m128i*>(block.even)));
+    const __m128i odd = _mm_maddubs_epi16(twelve, _mm_loadu_si128(reinterpret_cast<const __m128i*>(block.odd)));
+    __m128i sums = _mm_add_epi16(even, odd);
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0x4E));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0xB1));
+    const int32_t start = _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), sums));
+    std::memcpy(to.start[part], &start, sizeof(start));
 }
 
 inline const Quad* quads_of(const Product& p, int64_t pair, int64_t i) {
@@ -108,7 +115,7 @@ inline void add_quad(const uint8_t* codes, __m128i scales, const Quad* const (&x
     const __m256 scale = powers_of(by_parts);
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) {
-        const __m256i corrected = _mm256_add_epi32(exact[t], loaded(x[t]->correction));
+        const __m256i corrected = _mm256_add_epi32(exact[t], in_32_bits(loaded(x[t]->start)));
         sums[t] = add_exact(corrected, scale, _mm256_loadu_ps(x[t]->scale), sums[t]);
     }
 }
@@ -244,10 +251,14 @@ public:
 
     int64_t part() const { return part_; }
 
-    __m256 add_to(__m256 sum, int t, __m256i exact, __m256 scale) const {
-        exact = _mm256_add_epi32(exact, _mm256_set1_epi32(quad_[t]->correction[part_]));
-        return add_exact(exact, scale, _mm256_broadcast_ss(&quad_[t]->scale[part_]), sum);
+    // What the sums of a block begin with, everywhere.
+    __m256i start(int t) const {
+        int32_t both;
+        std::memcpy(&both, quad_[t]->start[part_], sizeof(both));
+        return _mm256_set1_epi32(both);
     }
+
+    __m256 scale(int t) const { return _mm256_broadcast_ss(&quad_[t]->scale[part_]); }
 
 private:
     const Quad* quad_[Tokens];
@@ -272,7 +283,7 @@ struct Block {
 
 constexpr int64_t kGroupBlocks = 2 * kPairs;  // of one group in a tile
 constexpr int kGroups = 2;                    // that are multiplied at a time, by kRegisterTokens activation rows
-constexpr int64_t kRegisterTokens = 3;
+constexpr int64_t kRegisterTokens = 6;
 constexpr int64_t kPanelTokens = 18;  // 23 KiB, at home in the first cache
 
 // `next`, as many bytes of each row, comes next.
@@ -293,83 +304,54 @@ TENFOLD_APART void unpack(const Eight& rows, int64_t in, int64_t pair, const Eig
     }
 }
 
-// Pairs of products of four columns' bytes, of one group or of two, added in this order: the compiler would multiply for
-// all activation rows before it adds, and run out of registers.
-template <bool Add>
+// Adds the products of four columns of one group with those of one activation row, by pairs.
 inline void add_four(__m256i codes, const int8_t* x, __m256i& pairs) {
-    __m256i four;
-    if constexpr (Add) {
-        __asm__("vpbroadcastd %3, %1\n\t"
-                "vpmaddubsw %1, %2, %1\n\t"
-                "vpaddw %1, %0, %0"
-                : "+x"(pairs), "=&x"(four)
-                : "x"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
-    } else {
-        __asm__("vpbroadcastd %2, %0\n\t"
-                "vpmaddubsw %0, %1, %0"
-                : "=&x"(pairs)
-                : "x"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
-    }
+    int32_t four;
+    std::memcpy(&four, x, sizeof(four));
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four)));
 }
 
-template <bool Add>
+// Of two groups, in this order: the compiler would multiply for all activation rows before it adds, and run out of
+// registers.
 inline void add_four(__m256i first, __m256i second, const int8_t* x, __m256i& first_pairs, __m256i& second_pairs) {
     __m256i four, product;
-    if constexpr (Add) {
-        __asm__("vpbroadcastd %6, %2\n\t"
-                "vpmaddubsw %2, %4, %3\n\t"
-                "vpaddw %3, %0, %0\n\t"
-                "vpmaddubsw %2, %5, %2\n\t"
-                "vpaddw %2, %1, %1"
-                : "+x"(first_pairs), "+x"(second_pairs), "=&x"(four), "=&x"(product)
-                : "x"(first), "x"(second), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
-    } else {
-        __asm__("vpbroadcastd %4, %1\n\t"
-                "vpmaddubsw %1, %2, %0\n\t"
-                "vpmaddubsw %1, %3, %1"
-                : "=&x"(first_pairs), "=&x"(second_pairs)
-                : "x"(first), "x"(second), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
-    }
+    __asm__("vpbroadcastd %6, %2\n\t"
+            "vpmaddubsw %2, %4, %3\n\t"
+            "vpaddw %3, %0, %0\n\t"
+            "vpmaddubsw %2, %5, %2\n\t"
+            "vpaddw %2, %1, %1"
+            : "+x"(first_pairs), "+x"(second_pairs), "=&x"(four), "=&x"(product)
+            : "x"(first), "x"(second), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
 }
 
-template <bool Add, int Groups, int Tokens>
-inline void add_fours(const Block* tile, int at, const Activations<Tokens>& x, __m256i (&pairs)[Groups][Tokens]) {
-    const __m256i first = tile->codes[at], last = tile[(Groups - 1) * kGroupBlocks].codes[at];
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) {
-        const int8_t* const four = at % 2 == 0 ? x.even(t, at / 2) : x.odd(t, at / 2);
-        if constexpr (Groups == 2) {
-            add_four<Add>(first, last, four, pairs[0][t], pairs[1][t]);
-        } else {
-            add_four<Add>(first, four, pairs[0][t]);
-        }
-    }
-}
-
+// One block. Its 16 products of a pair may leave 16 bits on the way, which wraps around, but not in the end: 12 less for
+// each weight they are at most 16 * 12 * 127 < 2^15.
 template <int Groups, int Tokens>
-inline void add_blocks(const Block* tile, const Activations<Tokens>& x, __m256 (&sums)[Groups][Tokens]) {
-    __m256i exact[Groups][Tokens];
+inline void add_block(const Block* tile, const Activations<Tokens>& x, __m256 (&sums)[Groups][Tokens]) {
+    __m256i pairs[Groups][Tokens];
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 2
-    for (int at = 0; at < 8; at += 4) {  // four products stay within 16 bits
-        __m256i pairs[Groups][Tokens];
-        add_fours<false>(tile, at, x, pairs);
-        add_fours<true>(tile, at + 1, x, pairs);
-        add_fours<true>(tile, at + 2, x, pairs);
-        add_fours<true>(tile, at + 3, x, pairs);
-#pragma GCC unroll 4
-        for (int g = 0; g < Groups; ++g) {
-#pragma GCC unroll 4
-            for (int t = 0; t < Tokens; ++t) {
-                const __m256i half_sum = in_32_bits(pairs[g][t]);
-                exact[g][t] = at == 0 ? half_sum : _mm256_add_epi32(exact[g][t], half_sum);
+        for (int g = 0; g < Groups; ++g) pairs[g][t] = x.start(t);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const __m256i first = tile->codes[i], last = tile[(Groups - 1) * kGroupBlocks].codes[i];
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t) {
+            const int8_t* const four = i % 2 == 0 ? x.even(t, i / 2) : x.odd(t, i / 2);
+            if constexpr (Groups == 2) {
+                add_four(first, last, four, pairs[0][t], pairs[1][t]);
+            } else {
+                add_four(first, four, pairs[0][t]);
             }
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int g = 0; g < Groups; ++g) {
         const __m256 scale = tile[g * kGroupBlocks].scale;
-#pragma GCC unroll 4
-        for (int t = 0; t < Tokens; ++t) sums[g][t] = x.add_to(sums[g][t], t, exact[g][t], scale);
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t) sums[g][t] = add_exact(in_32_bits(pairs[g][t]), scale, x.scale(t), sums[g][t]);
     }
 }
 
@@ -385,7 +367,7 @@ TENFOLD_APART void multiply_wide(const Product& p, const Block* tile, int64_t pa
     Activations<Tokens> x(p, pair, i);
     for (int64_t block = 0; block < blocks_of(p.weight.in, pair); ++block) {
         x.to(block);
-        add_blocks(tile + block, x, sums[x.part()]);
+        add_block(tile + block, x, sums[x.part()]);
     }
     for (int g = 0; g < Groups && row + kEight * g < last; ++g) {
         for (int t = 0; t < Tokens; ++t) {
@@ -395,19 +377,14 @@ TENFOLD_APART void multiply_wide(const Product& p, const Block* tile, int64_t pa
     }
 }
 
-template <int Groups>
-void multiply_tokens(const Product& p, const Block* tile, int64_t pair, int64_t row, int64_t last, int64_t i,
-                     int64_t stop) {
-    while (i < stop) {
-        // One alone is slow, so none is left over.
-        const int64_t left = stop - i, tokens = left == kRegisterTokens + 1 ? 2 : smaller(left, kRegisterTokens);
-        switch (tokens) {
-            case 1: multiply_wide<Groups, 1>(p, tile, pair, i, row, last); break;
-            case 2: multiply_wide<Groups, 2>(p, tile, pair, i, row, last); break;
-            default: multiply_wide<Groups, kRegisterTokens>(p, tile, pair, i, row, last); break;
-        }
-        i += tokens;
+// `tokens` activation rows from i on, at most `Most`.
+template <int Groups, int Most = kRegisterTokens>
+void multiply_tokens(const Product& p, const Block* tile, int64_t pair, int64_t i, int64_t tokens, int64_t row,
+                     int64_t last) {
+    if constexpr (Most > 1) {
+        if (tokens < Most) return multiply_tokens<Groups, Most - 1>(p, tile, pair, i, tokens, row, last);
     }
+    multiply_wide<Groups, Most>(p, tile, pair, i, row, last);
 }
 
 void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, int64_t last, int64_t tile_rows) {
@@ -418,14 +395,18 @@ void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, i
         const Eight after(p.weight, first + r + tile_rows, p.weight.out);
         unpack(rows, in, pair, more ? rows : after, more ? stop : 0, tile + r / kEight * kGroupBlocks);
     }
-    for (int64_t i = 0; i < p.count; i += kPanelTokens) {
-        const int64_t tokens_stop = smaller(i + kPanelTokens, p.count);
-        for (int64_t r = 0; r < last - first; r += kGroups * kEight) {
-            const Block* const at = tile + r / kEight * kGroupBlocks;
-            if (last - first - r > kEight) {
-                multiply_tokens<kGroups>(p, at, pair, first + r, last, i, tokens_stop);
-            } else {
-                multiply_tokens<1>(p, at, pair, first + r, last, i, tokens_stop);
+    for (int64_t home = 0; home < p.count; home += kPanelTokens) {
+        const int64_t home_stop = smaller(home + kPanelTokens, p.count);
+        for (int64_t row = first; row < last; row += kGroups * kEight) {
+            const Block* const at = tile + (row - first) / kEight * kGroupBlocks;
+            for (int64_t i = home, count = 0; i < home_stop; i += count) {
+                const int64_t left = home_stop - i;
+                count = left == kRegisterTokens + 1 ? 3 : smaller(left, kRegisterTokens);  // one alone is slow
+                if (last - row > kEight) {
+                    multiply_tokens<kGroups>(p, at, pair, i, count, row, last);
+                } else {
+                    multiply_tokens<1>(p, at, pair, i, count, row, last);
+                }
             }
         }
     }
