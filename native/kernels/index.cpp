@@ -349,15 +349,21 @@ void score_two_tiles(const ByteQuery& query, const float* weights, int64_t heads
 
 #else
 
-// Loaded once: the compiler would read a key again for every head, and loads, not products, would set the pace.
-inline __m256i in_register(__m256i x) {
-    __asm__("" : "+x"(x));
-    return x;
+// Adds the products of four channels of one head with those of sixteen keys, by pairs; in this order, since the compiler
+// would multiply for all heads before it adds, and run out of registers.
+inline void add_word(const uint8_t* word, __m256i first, __m256i second, __m256i& first_dots, __m256i& second_dots) {
+    __m256i four, product;
+    __asm__("vpbroadcastd %6, %2\n\t"
+            "vpmaddubsw %4, %2, %3\n\t"
+            "vpaddw %3, %0, %0\n\t"
+            "vpmaddubsw %5, %2, %2\n\t"
+            "vpaddw %2, %1, %1"
+            : "+x"(first_dots), "+x"(second_dots), "=&x"(four), "=&x"(product)
+            : "x"(first), "x"(second), "m"(*reinterpret_cast<const uint8_t(*)[4]>(word)));
 }
 
 // sums[h] += head h . key over a block of 32 channels, for `Tiles` tiles of 16 keys, from the block's first channel in
-// the first of them on. No sum leaves 16 bits: 24 * 12 * 2 * 8 < 2^15. A function of its own, its loop not unrolled:
-// else the compiler runs out of registers.
+// the first of them on. No sum leaves 16 bits: 24 * 12 * 2 * 8 < 2^15.
 template <int Heads, int Tiles>
 __attribute__((noinline)) void add_block(const ByteKeys& keys, int64_t block, const uint8_t* bytes, int64_t dim,
                                          const float* scales, __m256* sums) {
@@ -366,23 +372,19 @@ __attribute__((noinline)) void add_block(const ByteKeys& keys, int64_t block, co
     const __m256i* const start = reinterpret_cast<const __m256i*>(keys.correction) + 2 * block;
     const int64_t next_words = dim / 2, next_start = 2 * blocks;
     __m256i dots[Heads][2 * Tiles];
+#pragma GCC unroll 4
     for (auto& of_head : dots) {
 #pragma GCC unroll 4
         for (int v = 0; v < 2 * Tiles; ++v) of_head[v] = start[v / 2 * next_start + v % 2];
     }
-#pragma GCC unroll 1
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        __m256i key[2 * Tiles];
+#pragma GCC unroll 2
+        for (int tile = 0; tile < Tiles; ++tile) {
+            const __m256i first = words[tile * next_words + 2 * i], second = words[tile * next_words + 2 * i + 1];
 #pragma GCC unroll 4
-        for (int v = 0; v < 2 * Tiles; ++v) key[v] = in_register(words[v / 2 * next_words + 2 * i + v % 2]);
-#pragma GCC unroll 4
-        for (int h = 0; h < Heads; ++h) {
-            int32_t word;
-            __builtin_memcpy(&word, bytes + h * dim + 4 * i, 4);
-            const __m256i four = _mm256_set1_epi32(word);
-#pragma GCC unroll 4
-            for (int v = 0; v < 2 * Tiles; ++v) {
-                dots[h][v] = in_register(_mm256_add_epi16(dots[h][v], _mm256_maddubs_epi16(four, key[v])));
+            for (int h = 0; h < Heads; ++h) {
+                add_word(bytes + h * dim + 4 * i, first, second, dots[h][2 * tile], dots[h][2 * tile + 1]);
             }
         }
     }

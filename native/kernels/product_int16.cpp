@@ -99,7 +99,8 @@ void pack_row_int16(const float* x, int64_t in, void* panels, int64_t panel_rows
 }
 
 void multiply_int16(const Product& p, int64_t first, int64_t last) {
-    p.weight.format == Format::fp8_rounded ? multiply_rows<uint8_t>(p, first, last) : multiply_rows<float>(p, first, last);
+    if (p.weight.format == Format::fp8_rounded) return multiply_rows<uint8_t>(p, first, last);
+    multiply_rows<float>(p, first, last);
 }
 
 }  // namespace tenfold::TENFOLD_ISA

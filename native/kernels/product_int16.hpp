@@ -13,7 +13,7 @@ constexpr int64_t kStep = 32;    // columns that are taken at a time
 // activations add up to no more than this, what rounding adds included.
 constexpr float kLargestSum = 149700.0F;
 
-// What a block is multiplied by to become whole numbers, from the largest size in it and its mean (the sum of sizes over
+// What a block is multiplied by to become whole numbers, from the largest size in it and their mean (the sum over
 // kBlock), and what undoes that and the 32 of the weights. Too small for an inverse is as good as zero; what is not
 // finite makes the products NaN.
 struct Step {

@@ -1,6 +1,6 @@
-// AVX2 and AVX-512: what product_int16.cpp leaves to this file. A group of weight rows, one to a lane, is multiplied at a
-// time: of few activation rows row by row as they lie in memory, of more from a tile of vectors that hold two columns of
-// every row. A block's sum is exact, so that either way gives the same bits.
+// AVX2 and AVX-512: what product_int16.cpp leaves to this file. A group of weight rows, one to a lane, is multiplied at
+// a time: with few activation rows row by row as they lie in memory, with more from a tile of vectors that hold two
+// columns of every row. A block's sum is exact, so that either way gives the same bits.
 #pragma once
 
 #include "product_int16.hpp"
@@ -90,7 +90,7 @@ inline Ints lane_sums(const Ints (&v)[kLanes]) {
                       sum32(low64(two[2], two[3]), high64(two[2], two[3])));
 }
 
-// `steps` steps of the weight rows that share a vector, from column k on, times activation rows that lie `stride` apart.
+// `steps` steps of the weight rows that share a vector, from column k on, times activation rows `stride` bytes apart.
 template <int Tokens>
 inline void dot_rows(const uint8_t* const* codes, int64_t k, int64_t steps, const uint8_t* x, int64_t stride,
                      Ints (&sums)[Tokens], Ints& worst) {
@@ -264,8 +264,8 @@ inline void add_two(Ints first, Ints second, const uint8_t* x, Ints& first_sum, 
 
 // Two groups of a tile from `group` on, the weight rows from `row` on, times `Tokens` activation rows from i on.
 template <class Scale, int Tokens>
-TENFOLD_APART void multiply_wide(const Product& p, const Tile& tile, int64_t group, int64_t first, int64_t i, int64_t row,
-                                 int64_t last) {
+TENFOLD_APART void multiply_wide(const Product& p, const Tile& tile, int64_t group, int64_t first, int64_t i,
+                                 int64_t row, int64_t last) {
     const int64_t width = panel_columns(p.weight.in, first), stride = row_bytes(width);
     const uint8_t* x = packed_row(p, first, i);
     const uint8_t* const x_scales = x + 2 * width;
@@ -308,15 +308,15 @@ TENFOLD_APART void multiply_wide(const Product& p, const Tile& tile, int64_t gro
 
 // `tokens` activation rows, at most `Most`.
 template <class Scale, int Most = kAtOnce>
-void multiply_tokens(const Product& p, const Tile& tile, int64_t group, int64_t k, int64_t i, int64_t tokens, int64_t row,
-                     int64_t last) {
+void multiply_tokens(const Product& p, const Tile& tile, int64_t group, int64_t k, int64_t i, int64_t tokens,
+                     int64_t row, int64_t last) {
     if constexpr (Most > 1) {
         if (tokens < Most) return multiply_tokens<Scale, Most - 1>(p, tile, group, k, i, tokens, row, last);
     }
     multiply_wide<Scale, Most>(p, tile, group, k, i, row, last);
 }
 
-// Codes of the next tile, asked for line by line while this one is multiplied: asked for at once they would not all come.
+// Codes of the next tile, asked for line by line while this one is multiplied: all at once they would not come in time.
 class Ahead {
 public:
     Ahead(const Matrix& m, int64_t row, int64_t rows, int64_t k)
@@ -354,8 +354,8 @@ void multiply_tile(const Product& p, Tile& tile, int64_t k, int64_t first, int64
         const int64_t home_stop = smaller(home + kAtHome, stop);
         for (int64_t row = first; row < last; row += kRows) {
             for (int64_t at = home, count = 0; at < home_stop; at += count) {
-                const int64_t left = home_stop - at;
-                count = left == kAtOnce + 1 ? kAtOnce - 1 : smaller(left, kAtOnce);  // one alone is slow: none is left over
+                const int64_t left = home_stop - at;  // one alone is slow, so none is left over
+                count = left == kAtOnce + 1 ? kAtOnce - 1 : smaller(left, kAtOnce);
                 ahead.ask(lines);
                 multiply_tokens<Scale>(p, tile, (row - first) / kGroup, k, at, count, row, last);
             }
@@ -370,8 +370,11 @@ void multiply_near(const Product& p, Tile& tile, int64_t first, int64_t last, in
     const int64_t in = p.weight.in, tile_rows = stop - i <= kAtHome ? kGroups * kGroup : kTileRows;
     for (int64_t k = 0; k < in; k += kPanel) {
         for (int64_t row = first; row < last; row += tile_rows) {
-            const bool is_last = row + tile_rows >= last, more = k + kPanel < in;
-            const int64_t next = !is_last ? row + tile_rows : more ? first : last, next_k = !is_last ? k : more ? k + kPanel : 0;
+            int64_t next = row + tile_rows, next_k = k;
+            if (next >= last) {
+                next_k = k + kPanel < in ? k + kPanel : 0;
+                next = next_k > 0 ? first : last;
+            }
             const Ahead ahead(p.weight, next, smaller(tile_rows, p.weight.out - next), next_k);
             multiply_tile<Scale>(p, tile, k, row, smaller(row + tile_rows, last), i, stop, ahead);
         }
@@ -404,7 +407,7 @@ inline __m128 halves(__m256 v, __m128 (*of)(__m128, __m128)) {
     return of(two, _mm_movehdup_ps(two));
 }
 
-// `count` numbers, a multiple of 32, to whole ones: of each 32 the first eight, the third eight, the second, the fourth, as
+// `count` numbers, a multiple of 32, to whole ones: of each 32 the first eight, the third, the second, the fourth, as
 // decoded weights lie. What undoes it.
 float round_block(const float* x, int64_t count, int16_t* to) {
     __m256 largest = _mm256_setzero_ps(), means = _mm256_setzero_ps();

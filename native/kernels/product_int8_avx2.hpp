@@ -19,7 +19,7 @@ constexpr int64_t part_of(int64_t block) { return block % 8 / 2 + block % 2 * 4;
 
 // Up to 256 activations, in panels behind one another; of the last quad of a row only the pairs that exist.
 struct Quad {
-    float scale[kParts];  // of each block, by parts: half its scale
+    float scale[kParts];       // of each block, by parts: half its scale
     int16_t start[kParts][2];  // -12 times the sums of its bytes: of the first two of every four columns, of the others
     struct {
         int8_t even[32], odd[32];  // of either block 16
@@ -324,8 +324,8 @@ inline void add_four(__m256i first, __m256i second, const int8_t* x, __m256i& fi
             : "x"(first), "x"(second), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
 }
 
-// One block. Its 16 products of a pair may leave 16 bits on the way, which wraps around, but not in the end: 12 less for
-// each weight they are at most 16 * 12 * 127 < 2^15.
+// One block. The 16 products that a lane sums may leave 16 bits on the way, which wraps around, but not in the end: with
+// 12 less for each weight they add up to at most 16 * 12 * 127 < 2^15.
 template <int Groups, int Tokens>
 inline void add_block(const Block* tile, const Activations<Tokens>& x, __m256 (&sums)[Groups][Tokens]) {
     __m256i pairs[Groups][Tokens];

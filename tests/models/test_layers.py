@@ -25,6 +25,7 @@ from tests.models.layer_errors import (
     tokens,
 )
 
+from tenfold import _native
 from tenfold.config import locate
 from tenfold.demo import MODEL, embedded_document
 from tenfold.tokenizer import Tokenizer
@@ -55,10 +56,14 @@ ALLOWED = {
     "exact": Allowed(fed=3e-6, tied=5e-3, run=5e-3, logit=5e-5, near_tie=1e-4),
     # A number that lies between two codes is rounded to either: the next step of the format is the error then.
     "deployed-f32": Allowed(fed=2e-3, tied=5e-3, run=0.15, logit=1e-3, near_tie=0.05),
-    # Activations rounded to int8, one scale per 32, besides.
-    "deployed": Allowed(fed=2e-2, tied=2e-2, run=0.5, logit=1e-1, near_tie=0.08),
+    # Activations rounded to int8, one scale per 32, or int16, besides.
+    "deployed": Allowed(fed=2e-2, tied=2e-2, run=0.5, logit=1e-1, near_tie=0.1),
 }
 assert tuple(ALLOWED) == NUMERICS
+
+BY_INT16 = replace(ALLOWED["deployed"], fed=0.2, tied=0.1)
+"""V3.2 without AMX: what chooses its rows is rounded to int16, 2e-4 of each product; of a hundred tokens some see
+another row, while the median one is off by 1.5e-3, less than V4's are by int8."""
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +85,8 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_layer_is_that_of_the_reference(name: str, numerics: str, networks: dict[str, Path]) -> None:
     reference, kernels = engines(networks[name], numerics)
-    allowed = ALLOWED[numerics]
+    by_int16 = name == "v3.2" and numerics == "deployed" and _native.isa() != "amx"
+    allowed = BY_INT16 if by_int16 else ALLOWED[numerics]
     for layer in layers(reference, kernels, random_ids(reference.config, NUM_TOKENS)):
         assert layer.fed.most_tokens <= allowed.fed, layer
         assert layer.fed.all_tokens <= allowed.tied, layer
