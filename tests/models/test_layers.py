@@ -42,7 +42,8 @@ class Allowed:
     `fed` and `run` are relative errors of a layer's residual as `layer_errors.Layer` has them, `fed` of 99 of 100
     tokens and `run` of all; `tied` is that of all tokens of a layer where one of them lies between two experts or two
     rows of equal score. `logit` bounds the median, over positions, of the largest error of a logit. A token may differ
-    where the reference prefers its own by no more than `near_tie`; mostly it does by 1 to 3.
+    where the reference prefers its own by no more than `near_tie`, mostly it does by 1 to 3, and at one position in a
+    thousand: a number between two codes may have chosen another row there, which changes logits by up to 2.
     """
 
     fed: float
@@ -57,7 +58,7 @@ ALLOWED = {
     # A number that lies between two codes is rounded to either: the next step of the format is the error then.
     "deployed-f32": Allowed(fed=2e-3, tied=5e-3, run=0.15, logit=1e-3, near_tie=0.05),
     # Activations rounded to int8, one scale per 32, or int16, besides.
-    "deployed": Allowed(fed=2e-2, tied=2e-2, run=0.5, logit=1e-1, near_tie=0.1),
+    "deployed": Allowed(fed=2e-2, tied=2e-2, run=0.5, logit=1e-1, near_tie=0.08),
 }
 assert tuple(ALLOWED) == NUMERICS
 
@@ -131,7 +132,8 @@ def expect_the_same_tokens(numerics: str, num_tokens: int) -> None:
     for found in judged(numerics, num_tokens):
         assert found.median_logit_error <= ALLOWED[numerics].logit, found
         assert found.median_gap > 10 * ALLOWED[numerics].near_tie, found
-        assert all(gap <= ALLOWED[numerics].near_tie for gap in found.gaps.values()), found
+        apart = [gap for gap in found.gaps.values() if gap > ALLOWED[numerics].near_tie]
+        assert len(apart) <= found.positions // 1000, found
 
 
 @pytest.mark.parametrize("numerics", ALLOWED)
