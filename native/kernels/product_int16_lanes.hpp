@@ -354,8 +354,7 @@ void multiply_tile(const Product& p, Tile& tile, int64_t k, int64_t first, int64
         const int64_t home_stop = smaller(home + kAtHome, stop);
         for (int64_t row = first; row < last; row += kRows) {
             for (int64_t at = home, count = 0; at < home_stop; at += count) {
-                const int64_t left = home_stop - at;  // one alone is slow, so none is left over
-                count = left == kAtOnce + 1 ? kAtOnce - 1 : smaller(left, kAtOnce);
+                count = tokens_of(home_stop - at, kAtOnce);
                 ahead.ask(lines);
                 multiply_tokens<Scale>(p, tile, (row - first) / kGroup, k, at, count, row, last);
             }

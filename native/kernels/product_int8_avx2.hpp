@@ -3,8 +3,8 @@
 // A row's sum within a panel has eight parts, each of every eighth block of 32. For few activation rows weights go by
 // row after row, as they lie in memory, four pairs of blocks at a time: eight blocks become a vector of their sums.
 // More activation rows take eight weight rows side by side, four columns of each, and one block becomes a vector of
-// eight rows' sums. Byte products are summed in 16 bits, by halves of a block, and in 32 bits before they become
-// float32; exact until then, and the same parts either way.
+// eight rows' sums. Byte products are summed in 16 bits, a few of them or over a whole block, and in 32 bits before they
+// become float32; exact until then, and the same parts either way.
 #pragma once
 
 #include "product_int8.hpp"
@@ -400,8 +400,7 @@ void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, i
         for (int64_t row = first; row < last; row += kGroups * kEight) {
             const Block* const at = tile + (row - first) / kEight * kGroupBlocks;
             for (int64_t i = home, count = 0; i < home_stop; i += count) {
-                const int64_t left = home_stop - i;
-                count = left == kRegisterTokens + 1 ? 3 : smaller(left, kRegisterTokens);  // one alone is slow
+                count = tokens_of(home_stop - i, kRegisterTokens);
                 if (last - row > kEight) {
                     multiply_tokens<kGroups>(p, at, pair, i, count, row, last);
                 } else {

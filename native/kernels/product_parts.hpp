@@ -112,8 +112,8 @@ inline int64_t columns_ahead(int64_t in, int64_t k, int64_t rows) {
 
 // As many activation rows at a time as the registers hold sums of, of `left`; one alone is slow, so none is left over.
 constexpr int64_t kMostTokens = 2 + kSide;
-inline int64_t tokens_of(int64_t left) {
-    return left == kMostTokens + 1 ? kMostTokens - 1 : smaller(left, kMostTokens);
+inline int64_t tokens_of(int64_t left, int64_t most = kMostTokens) {
+    return left == most + 1 ? most - 1 : smaller(left, most);
 }
 
 inline void prefetch_lines(const void* from, int64_t num_bytes) {
