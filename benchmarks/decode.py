@@ -5,8 +5,8 @@ The slice is a checkpoint folder, for V4-Flash made by
     tenfold synth v4-flash DIR --layers 8 --experts 64        (10.2 GB, 8 of 43 layers, a step reads what V4's would)
 
 Contexts are random rows (`contexts.pretend`). The bound is the planner's: over all parts of a step the longer of
-reading its bytes and doing its operations, at the peaks measured in the same run: of float32 multiply-adds or, for what
-AMX multiplies, of its tiles. Results: results/decode.csv.
+reading its bytes and doing its operations, at the peaks measured in the same run: of float32 multiply-adds or of those
+of the integers or the tiles that take their place. Results: results/decode.csv.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import csv
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from runs import commit, machine_name
 
 from tenfold import Engine, _native
+from tenfold.config import DeepseekV4Config
 from tenfold.contexts import pretend
 from tenfold.engine import Session
 from tenfold.peaks import MeasuredPeaks, measure
 from tenfold.planner import Peaks, roofline_seconds, step_work
-from tenfold.planner.anatomy import Precision
+from tenfold.planner.anatomy import Anatomy, Precision, dissect, loaded
 
 RESULTS = Path(__file__).parent / "results" / "decode.csv"
 CONTEXTS = (1024, 16 * 1024, 128 * 1024, 1024 * 1024)
@@ -87,7 +89,7 @@ def seconds(run: Callable[[], object]) -> float:
 def line(engine: Engine, context: int, tokens: int, position: int, times: list[float]) -> dict[str, str]:
     peaks = peaks_now(engine)
     median = statistics.median(times)
-    bound = roofline_seconds(step_work(engine.config, position, tokens), peaks)
+    bound = roofline_seconds(step_work(anatomy(engine), position, tokens), peaks)
     low, high = (statistics.quantiles(times, n=5)[i] for i in (0, 3)) if len(times) > 1 else (median, median)
     return {
         "engine": "tenfold",
@@ -107,6 +109,13 @@ def line(engine: Engine, context: int, tokens: int, position: int, times: list[f
         "machine": machine_name(),
         "commit": commit(),
     }
+
+
+def anatomy(engine: Engine) -> Anatomy:
+    """V4's rows are multiplied as FP8 weights are: in 16 bits where there are no tiles."""
+    found = dissect(engine.config, loaded)
+    in_16_bits = isinstance(engine.config, DeepseekV4Config) and not engine.exact and _native.isa() != "amx"
+    return replace(found, attention_precision="fp8") if in_16_bits else found
 
 
 def peaks_now(engine: Engine) -> Peaks:

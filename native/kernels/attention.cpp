@@ -3,8 +3,10 @@
 // Rows are taken in blocks that fit the cache: decoded once, then scored and summed for all heads, and for the
 // queries of a tile. Scores are in units of log2, and the reference point of the running softmax is an integer:
 // changing it multiplies by a power of two, which rounds nothing. So how rows fall into blocks, which queries
-// share a tile and which thread does what leave no trace in the result, to the last bit.
+// share a tile and which thread does what leave no trace in the result, to the last bit. Here rows become float32;
+// those of V4, for eight heads or more, are multiplied as they are, by tiles or as whole numbers.
 #include "attention_amx.hpp"
+#include "attention_int16.hpp"
 #include "attention_parts.hpp"
 #include "kernels.hpp"
 #include "lanes.hpp"
@@ -93,28 +95,6 @@ __m128 largest_by_head(const float* scores, int64_t rows) {
     return top;
 }
 
-// 2^exponent for integers up to 127; 0 from -127 down, and for NaN.
-__m256 power_of_two(__m256 exponent) {
-    const __m256i biased = _mm256_cvtps_epi32(_mm256_add_ps(_mm256_max_ps(exponent, _mm256_set1_ps(-127.0F)),
-                                                            _mm256_set1_ps(127.0F)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
-}
-
-// 2^(x - top). The fraction is taken from x alone, so another top gives the same digits.
-__m256 share(__m256 x, __m256 top) {
-    const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m256 part = _mm256_sub_ps(x, whole);
-    __m256 sum = _mm256_set1_ps(exp2_terms[0]);
-    for (int i = 1; i < 7; ++i) sum = _mm256_fmadd_ps(sum, part, _mm256_set1_ps(exp2_terms[i]));
-    return _mm256_mul_ps(sum, power_of_two(_mm256_sub_ps(whole, top)));
-}
-
-float share_of(float x, float top) { return _mm256_cvtss_f32(share(_mm256_set1_ps(x), _mm256_set1_ps(top))); }
-
-float power_of_two(float exponent) { return _mm256_cvtss_f32(power_of_two(_mm256_set1_ps(exponent))); }
-
-float next_integer(float x) { return _mm_cvtss_f32(_mm_ceil_ps(_mm_set_ss(x))); }
-
 // scores become shares; their sum is added to the total of each head, row by row.
 void to_shares(float* scores, int64_t rows, const float* top, float* total) {
     const __m256 tops = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(top));
@@ -175,19 +155,6 @@ void score(const float* q, const float* k, int64_t rows, const Shape& s, float* 
         }
     }
 }
-
-float power_of_two(float exponent) {
-    return from_bits(static_cast<uint32_t>((exponent > -127.0F ? exponent : -127.0F) + 127.0F) << 23);
-}
-
-float share_of(float x, float top) {
-    const float whole = __builtin_rintf(x), part = x - whole;
-    float sum = exp2_terms[0];
-    for (int i = 1; i < 7; ++i) sum = sum * part + exp2_terms[i];
-    return sum * power_of_two(whole - top);
-}
-
-float next_integer(float x) { return __builtin_ceilf(x); }
 
 void to_shares(float* scores, int64_t rows, const float* top, float* total) {
     for (int64_t i = 0; i < rows * group; ++i) {
@@ -327,13 +294,7 @@ struct Worker {
             for (int64_t i = 0; i < s.width; ++i) to.q[h * s.row_stride + i] = from[i] * scale;
         }
         for (int64_t h = 0; h < call.part_heads; ++h) {
-            to.top[h] = nothing;
-            to.total[h] = 0.0F;
-            if (call.sink == nullptr || h >= heads) continue;
-            const float sink = call.sink[first_head + h] * log2_e;
-            if (!(sink > nothing)) continue;
-            to.top[h] = next_integer(sink);
-            to.total[h] = share_of(sink, to.top[h]);
+            begin_softmax(call, h < heads ? first_head + h : -1, to.top[h], to.total[h]);
         }
     }
 
@@ -432,18 +393,6 @@ void run_tasks(const Attention& call, int32_t threads) {
     });
 }
 
-#ifdef __AMX_BF16__
-
-bool suits_tiles(const Attention& call) {
-    for (int64_t i = 0; i < call.num_sources; ++i) {
-        const RowLayout &layout = call.sources[i].layout, &first = call.sources[0].layout;
-        if (!suits_tiles(layout) || __builtin_memcmp(&layout, &first, sizeof first) != 0) return false;
-    }
-    return call.num_sources > 0 && call.heads >= kFewestHeads;
-}
-
-#endif
-
 }  // namespace
 
 void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, const float* sink,
@@ -461,9 +410,15 @@ void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, 
     if (rows * heads * width < 1 << 17) threads = 1;  // some 5 us: not worth a fork
     Attention call{q, sources, num_sources, sink, frequencies, out, n, heads, width, value_dim, position, pairs, scale};
 #ifdef __AMX_BF16__
-    if (suits_tiles(call)) {
+    if (suits_blocks(call)) {
         split_tasks(call, queries_of_tiles(heads), kTileSide, threads);
         return run_tasks<TileWorker>(call, threads);
+    }
+#endif
+#ifdef __AVX2__
+    if (suits_blocks(call)) {
+        split_tasks(call, queries_together(round_up(heads, kHeadsSummed)), kHeadsSummed, threads);
+        return run_tasks<Int16Worker>(call, threads);
     }
 #endif
     split_tasks(call, queries_together(round_up(heads, group)), group, threads);

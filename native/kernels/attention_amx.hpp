@@ -1,95 +1,26 @@
 // Attention over e4m3 rows with scales that are powers of two, by the tiles of AMX.
 //
 // Such rows are bf16 numbers as they are. Queries and shares are taken as two bf16 numbers each, as activations are in
-// the products, which leaves 2^-17 of them. The rows a query sees, of all its sources, are counted through and taken in
-// steps of 32, each one instruction's sums; so which rows lie together is the query's own affair, and neither its company
-// nor where a chunk of the text begins leaves a trace. A block of four steps that the queries of a tile have in common is
-// decoded once.
+// the products, which leaves 2^-17 of them. A block's rows are taken in steps of 32, each one instruction's sums.
 #pragma once
 
 #ifdef __AMX_BF16__
 
 #include "amx.hpp"
-#include "attention_parts.hpp"
+#include "attention_blocks.hpp"
 #include "product_parts.hpp"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int64_t kFewestHeads = 8;  // fewer leave too much of a tile empty
-constexpr int64_t kStepRows = 32, kBlockSteps = 4, kBlockRows = kStepRows * kBlockSteps;
-constexpr int64_t kAskAtFirst = 16;     // rows of which the first line is asked for before anything else
+constexpr int64_t kStepRows = 32, kBlockSteps = kBlockRows / kStepRows;
 constexpr int64_t kNearSteps = 8;       // of channels: 32 KB of two tiles of heads, within the first cache
-constexpr int64_t kCodesTogether = 64;  // under one scale; even ones make one step of channels, odd ones the next
-
-// Rows that tiles can take.
-inline bool suits_tiles(const RowLayout& l) {
-    return l.code_bits == 8 && l.scale_bytes == 1 && l.block == kCodesTogether && l.coded % kCodesTogether == 0 &&
-           l.plain % kStepRows == 0;
-}
 
 // Queries of a task: what they have in common is decoded once, and together they stay in the second cache.
 inline int64_t queries_of_tiles(int64_t heads) {
     const int64_t tiles = divided(heads, kTileSide);
     return tiles >= 8 ? 1 : 8 / tiles;
 }
-
-// Packed rows of one query, one after the other whatever source they are from.
-struct Block {
-    int64_t query = 0, count = 0;
-    const uint8_t* rows[kBlockRows] = {};
-
-    bool has_rows_of(const Block& other) const {
-        return count == other.count && __builtin_memcmp(rows, other.rows, static_cast<uint64_t>(count) * 8) == 0;
-    }
-};
-
-// The blocks of a tile's queries: the first of each, then the second of each.
-class Blocks {
-public:
-    Blocks(const Attention& call, const Part& part, int64_t* sources, int64_t* rows)
-        : call_(call), part_(part), source_(sources), row_(rows) {
-        for (int64_t i = 0; i < part.count; ++i) source_[i] = row_[i] = 0;
-    }
-
-    bool next(Block& to) {
-        for (int64_t tried = 0; tried < part_.count; ++tried) {
-            to.query = query_;
-            query_ = query_ + 1 < part_.count ? query_ + 1 : 0;
-            fill(to);
-            if (to.count > 0) return true;
-        }
-        return false;
-    }
-
-private:
-    void fill(Block& to) {
-        int64_t &source = source_[to.query], &row = row_[to.query];
-        to.count = 0;
-        for (; source < call_.num_sources; ++source, row = 0) {
-            const Rows& rows = call_.sources[source];
-            const int64_t query = part_.first + to.query, row_bytes = rows.layout.row_bytes;
-            if (rows.columns < 0) {
-                const int64_t start = rows.start[query], stop = rows.stop[query];
-                while (start + row < stop && to.count < kBlockRows) {
-                    to.rows[to.count++] = rows.packed + (start + row++) * row_bytes;
-                }
-                if (start + row < stop) return;
-            } else {
-                const int32_t* const index = rows.index + query * rows.columns;
-                while (row < rows.columns && index[row] >= 0 && to.count < kBlockRows) {
-                    to.rows[to.count++] = rows.packed + index[row++] * row_bytes;
-                }
-                if (row < rows.columns && index[row] >= 0) return;
-            }
-        }
-    }
-
-    const Attention& call_;
-    const Part& part_;
-    int64_t *source_, *row_;  // where each query goes on
-    int64_t query_ = 0;
-};
 
 // ---------------------------------------------------------------- rows
 
@@ -189,22 +120,6 @@ struct TilePieces {
     }
 };
 
-struct CountBytes {
-    int64_t bytes = 0;
-    template <class T>
-    void operator()(T*&, int64_t count) {
-        bytes += Scratch::bytes_of<T>(count);
-    }
-};
-
-struct TakePieces {
-    Scratch& scratch;
-    template <class T>
-    void operator()(T*& piece, int64_t count) {
-        piece = scratch.take<T>(count);
-    }
-};
-
 class TileWorker : TilePieces {
 public:
     static constexpr bool zeroed = false;
@@ -227,23 +142,9 @@ public:
         const Part part(call_, task);
         for (int64_t i = 0; i < part.count; ++i) begin(part, i);
         const Tiles tiles({whole, whole, whole, whole, whole, whole, whole, whole});
-        Blocks blocks(call_, part, source, source_row);
-        Block two[2], decoded;
-        uint64_t begun = 0;  // queries of which something was summed
-        bool more = blocks.next(two[0]);
-        if (more) ask_for_rows(two[0], kAskAtFirst);
-        for (int64_t at = 0; more; at = 1 - at) {
-            const Block& now = two[at];
-            more = blocks.next(two[1 - at]);
-            if (!now.has_rows_of(decoded)) {
-                decode(now);
-                decoded = now;
-            }
-            if (!more) two[1 - at].count = 0;
-            const uint64_t bit = uint64_t{1} << now.query;
-            attend(now, (begun & bit) == 0, two[1 - at]);
-            begun |= bit;
-        }
+        const uint64_t begun = each_block(
+            call_, part, source, source_row, [this](const Block& block) { decode(block); },
+            [this](const Block& block, bool first, const Block& next) { attend(block, first, next); });
         for (int64_t i = 0; i < part.count; ++i) {
             if ((begun >> i & 1) == 0) clear_sums(i);
             finish(part, i);
@@ -260,15 +161,8 @@ private:
             for (int64_t h = 0; h < kTileSide; ++h) {
                 const int64_t head = tile * kTileSide + h;
                 split_head(head < part.heads ? of_query + head * call_.width : nullptr, scale, h);
-                float& top_of = top[i * head_tiles * kTileSide + head];
-                float& total_of = total[i * head_tiles * kTileSide + head];
-                top_of = nothing;
-                total_of = 0.0F;
-                if (call_.sink == nullptr || head >= part.heads) continue;
-                const float sink = call_.sink[part.first_head + head] * log2_e;
-                if (!(sink > nothing)) continue;
-                top_of = __builtin_ceilf(sink);
-                total_of = _mm512_cvtss_f32(share(_mm512_set1_ps(sink), _mm512_set1_ps(top_of)));
+                const int64_t at = i * head_tiles * kTileSide + head;
+                begin_softmax(call_, head < part.heads ? part.first_head + head : -1, top[at], total[at]);
             }
             uint8_t* const to = q + (i * head_tiles + tile) * steps * 2 * kTileBytes;
             for (int64_t at = 0; at < 2 * steps; ++at) {
@@ -308,10 +202,6 @@ private:
     }
 
     // -------------------------------------------------------- a block
-
-    static void ask_for_rows(const Block& block, int64_t rows) {
-        for (int64_t i = 0; i < rows && i < block.count; ++i) ask_for(block.rows[i], 64, block.rows[i] + 64);
-    }
 
     // Rows are decoded up to the end of a step; those behind the last one are zeros.
     TENFOLD_APART void decode(const Block& block) const {

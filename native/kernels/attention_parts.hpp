@@ -52,6 +52,61 @@ inline void split_tasks(Attention& c, int64_t tile, int64_t group, int32_t threa
     c.head_parts = divided(c.heads, c.part_heads);
 }
 
+// ---------------------------------------------------------------- the running softmax
+
+#ifdef __AVX2__
+
+// 2^exponent for integers up to 127; 0 from -127 down, and for NaN.
+inline __m256 power_of_two(__m256 exponent) {
+    const __m256i biased = _mm256_cvtps_epi32(_mm256_add_ps(_mm256_max_ps(exponent, _mm256_set1_ps(-127.0F)),
+                                                            _mm256_set1_ps(127.0F)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+// 2^(x - top). The fraction is taken from x alone, so another top gives the same digits.
+inline __m256 share(__m256 x, __m256 top) {
+    const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 part = _mm256_sub_ps(x, whole);
+    __m256 sum = _mm256_set1_ps(exp2_terms[0]);
+    for (int i = 1; i < 7; ++i) sum = _mm256_fmadd_ps(sum, part, _mm256_set1_ps(exp2_terms[i]));
+    return _mm256_mul_ps(sum, power_of_two(_mm256_sub_ps(whole, top)));
+}
+
+inline float share_of(float x, float top) { return _mm256_cvtss_f32(share(_mm256_set1_ps(x), _mm256_set1_ps(top))); }
+
+inline float power_of_two(float exponent) { return _mm256_cvtss_f32(power_of_two(_mm256_set1_ps(exponent))); }
+
+inline float next_integer(float x) { return _mm_cvtss_f32(_mm_ceil_ps(_mm_set_ss(x))); }
+
+#else
+
+inline float power_of_two(float exponent) {
+    return from_bits(static_cast<uint32_t>((exponent > -127.0F ? exponent : -127.0F) + 127.0F) << 23);
+}
+
+inline float share_of(float x, float top) {
+    const float whole = __builtin_rintf(x), part = x - whole;
+    float sum = exp2_terms[0];
+    for (int i = 1; i < 7; ++i) sum = sum * part + exp2_terms[i];
+    return sum * power_of_two(whole - top);
+}
+
+inline float next_integer(float x) { return __builtin_ceilf(x); }
+
+#endif
+
+// A head's reference point, and what it has been given, before the first row: the sink's share, if there is one.
+// Number -1 is a head that only fills a group.
+inline void begin_softmax(const Attention& c, int64_t head, float& top, float& total) {
+    top = nothing;
+    total = 0.0F;
+    if (c.sink == nullptr || head < 0) return;
+    const float sink = c.sink[head] * log2_e;
+    if (!(sink > nothing)) return;
+    top = next_integer(sink);
+    total = share_of(sink, top);
+}
+
 // Gathered rows lie anywhere in memory: those of the next block are asked for while this one is computed, a few
 // cache lines at a time, since more at once than the core can have under way would stop it.
 template <class RowAt, int nearness = 3>

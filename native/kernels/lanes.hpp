@@ -18,6 +18,7 @@ inline __m256 add_product(__m256 a, __m256 b, __m256 sum) { return _mm256_fmadd_
 inline __m256 as_floats(__m256i v) { return _mm256_castsi256_ps(v); }
 inline __m256i both(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
 inline __m256i larger_bytes(__m256i a, __m256i b) { return _mm256_max_epu8(a, b); }
+inline __m256i lower_bytes(__m256i v, __m256i by) { return _mm256_subs_epu8(v, by); }  // not below zero
 inline __m256i twice_bytes(__m256i v) { return _mm256_add_epi8(v, v); }
 inline __m256i down16_signed(__m256i v, int bits) { return _mm256_srai_epi16(v, bits); }
 inline __m256i up16(__m256i v, int bits) { return _mm256_slli_epi16(v, bits); }
@@ -51,6 +52,7 @@ inline __m512i both(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
 inline __m512i look_up(__m512i table, __m512i at) { return _mm512_shuffle_epi8(table, at); }
 inline __m512i larger_bytes(__m512i a, __m512i b) { return _mm512_max_epu8(a, b); }
 inline __m512i twice_bytes(__m512i v) { return _mm512_add_epi8(v, v); }
+inline __m512i lower_bytes(__m512i v, __m512i by) { return _mm512_subs_epu8(v, by); }
 inline __m512i down16(__m512i v, int bits) { return _mm512_srli_epi16(v, static_cast<unsigned>(bits)); }
 inline __m512i down16_signed(__m512i v, int bits) { return _mm512_srai_epi16(v, static_cast<unsigned>(bits)); }
 inline __m512i up16(__m512i v, int bits) { return _mm512_slli_epi16(v, static_cast<unsigned>(bits)); }
@@ -77,6 +79,8 @@ inline Ints no_ints() { return _mm512_setzero_si512(); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline Floats all_floats(float value) { return _mm512_set1_ps(value); }
 inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
+inline Ints load(const void* from) { return _mm512_loadu_si512(from); }
+inline void store(void* to, Ints v) { _mm512_storeu_si512(to, v); }
 
 // Eight numbers, or 32 bytes, beside each row; 16 bytes beside each half of a row.
 inline Floats spread(const float* from) {
@@ -116,6 +120,13 @@ inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, a, x), b, y);
 }
 
+// Pieces of eight bytes in the order in which low and high halves, each byte grown to two, come out in theirs.
+inline Ints dealt(Ints bytes) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), bytes); }
+
+inline __m256i halves_sum(Ints v) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+}
+
 inline __m256 row_of(Floats v, int side) {
     return side == 0 ? _mm512_castps512_ps256(v) : _mm512_extractf32x8_ps(v, 1);
 }
@@ -131,6 +142,8 @@ inline Ints no_ints() { return _mm256_setzero_si256(); }
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 inline Floats all_floats(float value) { return _mm256_set1_ps(value); }
 inline void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
+inline Ints load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void store(void* to, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
 inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
 inline Ints spread(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline Ints spread(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
@@ -152,6 +165,10 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) { return sum32(sum, _mm256_madd_
 inline Ints halves_sum(Ints a, Ints b) {
     return sum32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
+
+inline Ints dealt(Ints bytes) { return _mm256_permute4x64_epi64(bytes, 0xD8); }
+
+inline __m256i halves_sum(Ints v) { return v; }
 
 inline __m256 row_of(Floats v, int) { return v; }
 

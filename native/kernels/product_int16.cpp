@@ -24,11 +24,11 @@ float round_block(const float* x, int64_t count, int16_t* to) {
         largest = size > largest ? size : largest;
         mean += size * (1.0F / kBlock);
     }
-    const Step step = step_of(largest, mean);
+    const Step step = step_of(largest, mean, kMostMean);
     for (int64_t i = 0; i < count; ++i) {
         to[i] = step.inverse > 0 ? static_cast<int16_t>(__builtin_nearbyintf(x[i] * step.inverse)) : int16_t{0};
     }
-    return step.scale;
+    return step.scale / kWeightUnits;
 }
 
 // 32 times an e4m3 number, halves rounded up; subnormal codes are less.

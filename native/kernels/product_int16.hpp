@@ -1,6 +1,7 @@
 // Activations as whole numbers of up to 15 bits, and what is common to the builds that multiply them with fp8 weights.
 #pragma once
 
+#include "int16.hpp"
 #include "product_fp8.hpp"
 
 namespace tenfold::TENFOLD_ISA {
@@ -10,23 +11,8 @@ constexpr int64_t kBlock = 128;  // columns under one scale of the activations, 
 constexpr int64_t kStep = 32;    // columns that are taken at a time
 
 // Weights become whole numbers up to 32 * 448: a block's products stay within 31 bits while the sizes of its
-// activations add up to no more than this, what rounding adds included.
-constexpr float kLargestSum = 149700.0F;
-
-// What a block is multiplied by to become whole numbers, from the largest size in it and their mean (the sum over
-// kBlock), and what undoes that and the 32 of the weights. Too small for an inverse is as good as zero; what is not
-// finite makes the products NaN.
-struct Step {
-    float inverse, scale;
-};
-
-inline Step step_of(float largest, float mean) {
-    if (!(mean <= 3.4028234e38F)) return {0.0F, __builtin_nanf("")};
-    if (largest < 0x1p-100F) return {0.0F, 0.0F};
-    const float by_mean = kLargestSum / kBlock / mean, by_size = 32767.0F / largest;
-    const float inverse = by_mean < by_size ? by_mean : by_size;
-    return {inverse, 1.0F / (32.0F * inverse)};
-}
+// activations add up to no more than 149,700, what rounding adds included.
+constexpr float kWeightUnits = 32.0F, kMostMean = 149700.0F / kBlock;
 
 // A row of a panel: `width` numbers of 16 bits, then the scales of its blocks.
 inline int64_t row_bytes(int64_t width) { return 2 * width + (width + kBlock - 1) / kBlock * 4; }

@@ -11,23 +11,9 @@ namespace {
 constexpr int kLanes = 8;                  // rows of a group on each side of a vector
 constexpr int64_t kGroup = kLanes * kSide;
 
-// 32 times the weights of codes: of each 16 bytes the first eight, and the others.
-struct Weights {
-    Ints first, second;
-};
-
-// The significand, 64 to 120 with its sign, in the upper half of 16 bits times 2^(exponent - 1): codes below a quarter
-// are rounded, subnormal ones to zero.
-inline Weights decoded(Ints codes, Ints& worst) {
-    const Ints low_powers = spread(_mm_setr_epi8(0, 1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0, 0));
-    const Ints high_powers = spread(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 64));
-    const Ints sizes = spread(_mm_setr_epi8(64, 72, 80, 88, 96, 104, 112, 120, 64, 72, 80, 88, 96, 104, 112, 120));
-    const Ints nibble = all_lanes(codes, 0x0F0F0F0F), exponent = both(down16(codes, 3), nibble);
-    const Ints low = look_up(low_powers, exponent), high = look_up(high_powers, exponent);
-    const Ints size = signed_as(look_up(sizes, both(codes, nibble)), codes);
+inline Wholes decoded(Ints codes, Ints& worst) {
     worst = larger_bytes(worst, twice_bytes(codes));
-    return {rounded_product16(low8(no_ints(), size), low8(low, high)),
-            rounded_product16(high8(no_ints(), size), high8(low, high))};
+    return wholes_of(codes, exponents_of(codes));
 }
 
 // Where the codes of a group's rows begin, the last row again where fewer are left. Rows that share a vector stand
@@ -102,7 +88,7 @@ inline void dot_rows(const uint8_t* const* codes, int64_t k, int64_t steps, cons
         for (auto& sum : chain) sum = no_ints();
     }
     for (int64_t step = 0; step < steps; ++step, k += kStep, x += 2 * kStep) {
-        const Weights w = decoded(beside(codes, k), worst);
+        const Wholes w = decoded(beside(codes, k), worst);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
             const void* const at = x + t * stride;
@@ -224,7 +210,7 @@ inline void unpack_step(const uint8_t* const* rows, int64_t k, Ints* to, Ints& w
         turned(rows, k + 16 * half, codes);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            const Weights w = decoded(codes[i], worst);
+            const Wholes w = decoded(codes[i], worst);
             Ints* const place = to + 8 * (i / 2) + 4 * half + 2 * (i % 2);
             place[0] = w.first;
             place[1] = w.second;
@@ -239,27 +225,6 @@ TENFOLD_APART Floats unpack(const Group& rows, int64_t first, int64_t last, Ints
     for (; k + kStep <= last; k += kStep, to += kStep / 2) unpack_step(rows.codes, k, to, worst);
     if (k < last) unpack_step(RestOfGroup(rows, k, last - k).codes, 0, to, worst);
     return has_nan_code(worst) ? poison(rows, first, last) : no_floats();
-}
-
-// Adds the products of two groups' pairs of columns with those of one activation row.
-inline void add_two(Ints first, Ints second, const uint8_t* x, Ints& first_sum, Ints& second_sum) {
-#ifdef __AVX512VNNI__
-    int32_t pair;
-    std::memcpy(&pair, x, sizeof(pair));
-    const Ints both_columns = all_lanes(first, pair);
-    first_sum = add_pairs(first_sum, first, both_columns);
-    second_sum = add_pairs(second_sum, second, both_columns);
-#else
-    // In this order: the compiler would multiply for all activation rows before it adds, and run out of registers.
-    Ints pair, product;
-    __asm__("vpbroadcastd %6, %2\n\t"
-            "vpmaddwd %2, %4, %3\n\t"
-            "vpaddd %3, %0, %0\n\t"
-            "vpmaddwd %2, %5, %2\n\t"
-            "vpaddd %2, %1, %1"
-            : "+x"(first_sum), "+x"(second_sum), "=&x"(pair), "=&x"(product)
-            : "x"(first), "x"(second), "m"(*reinterpret_cast<const uint8_t(*)[4]>(x)));
-#endif
 }
 
 // Two groups of a tile from `group` on, the weight rows from `row` on, times `Tokens` activation rows from i on.
@@ -287,7 +252,9 @@ TENFOLD_APART void multiply_wide(const Product& p, const Tile& tile, int64_t gro
             for (int pair = 0; pair < 4; ++pair, ++w, x += 4) {
                 const Ints of_first = w[0], of_second = w[kPanelPairs];
 #pragma GCC unroll 8
-                for (int t = 0; t < Tokens; ++t) add_two(of_first, of_second, x + t * stride, sums[0][t], sums[1][t]);
+                for (int t = 0; t < Tokens; ++t) {
+                    add_products_of_pair(of_first, of_second, x + t * stride, sums[0][t], sums[1][t]);
+                }
             }
         }
         const Floats scale = all_floats(scales.scale_at(first + k));
@@ -400,37 +367,28 @@ void multiply_rows(const Product& p, int64_t first, int64_t last) {
 
 // ---------------------------------------------------------------- activations
 
-inline __m128 halves(__m256 v, __m128 (*of)(__m128, __m128)) {
-    const __m128 four = of(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = of(four, _mm_movehl_ps(four, four));
-    return of(two, _mm_movehdup_ps(two));
-}
-
 // `count` numbers, a multiple of 32, to whole ones: of each 32 the first eight, the third, the second, the fourth, as
 // decoded weights lie. What undoes it.
 float round_block(const float* x, int64_t count, int16_t* to) {
     __m256 largest = _mm256_setzero_ps(), means = _mm256_setzero_ps();
     for (int64_t i = 0; i < count; i += 8) {
-        const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0F), _mm256_loadu_ps(x + i));
+        const __m256 size = sizes_of(_mm256_loadu_ps(x + i));
         largest = _mm256_max_ps(largest, size);
         means = _mm256_fmadd_ps(size, _mm256_set1_ps(1.0F / kBlock), means);
     }
-    const auto larger = [](__m128 a, __m128 b) { return _mm_max_ps(a, b); };
-    const auto added = [](__m128 a, __m128 b) { return _mm_add_ps(a, b); };
-    const Step step = step_of(_mm_cvtss_f32(halves(largest, larger)), _mm_cvtss_f32(halves(means, added)));
+    const Step step = step_of(largest_of(largest), sum_of(means), kMostMean);
     const __m256 kept = _mm256_castsi256_ps(_mm256_set1_epi32(step.inverse > 0 ? -1 : 0));
     for (int64_t i = 0; i < count; i += kStep) {
-        __m256i numbers[4];
-        for (int part = 0; part < 4; ++part) {
-            const __m256 values = _mm256_and_ps(_mm256_loadu_ps(x + i + 8 * part), kept);
-            numbers[part] = _mm256_cvtps_epi32(_mm256_mul_ps(values, _mm256_set1_ps(step.inverse)));
-        }
-        for (int part = 0; part < 2; ++part) {
-            const __m256i packed = _mm256_packs_epi32(numbers[part], numbers[part + 2]);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + 16 * part), _mm256_permute4x64_epi64(packed, 0xD8));
+        const auto part = [&](int number) {
+            const __m256 values = _mm256_and_ps(_mm256_loadu_ps(x + i + 8 * number), kept);
+            return _mm256_mul_ps(values, _mm256_set1_ps(step.inverse));
+        };
+        for (int half = 0; half < 2; ++half) {
+            const __m256i numbers = wholes_of(part(half), part(half + 2));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + 16 * half), numbers);
         }
     }
-    return step.scale;
+    return step.scale / kWeightUnits;
 }
 
 }  // namespace

@@ -98,6 +98,13 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 # ---------------------------------------------------------------------------------------------- attention
 
 
+def error_of(isa: str, layout: RowLayout, heads: int) -> float:
+    """Whole numbers of 16 bits, two bf16 numbers, or float32: of the largest number of a result's row."""
+    if heads < 8 or layout not in (V4, V4_TINY):
+        return 1e-5
+    return {"scalar": 1e-5, "amx": 2e-5}.get(isa, 3e-4)
+
+
 def test_rows_of_tables_are_looked_up_and_others_refused() -> None:
     ids = torch.tensor([3, 0, 39, 3])
     for data in (randn(40, 65), randn(40, 65).bfloat16(), randn(40, 1)):
@@ -115,38 +122,44 @@ def test_rows_of_tables_are_looked_up_and_others_refused() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)
 @pytest.mark.parametrize("heads", [1, 3, 4, 10])
 @pytest.mark.parametrize("n", [0, 1, 2, 33])
-def test_attention_agrees_with_the_reference(layout: RowLayout, heads: int, n: int, threads: int) -> None:
+def test_attention_agrees_with_the_reference(layout: RowLayout, heads: int, n: int, threads: int, isa: str) -> None:
     q = random(n, heads, layout.width)
     pool, rows = packed(n + 50, layout), packed(201, layout, seed=1)
     sources = [window(pool, layout, n, 51), prefix(rows, layout, torch.arange(n) * 6), listed(rows, layout, n, 70)]
     sink = weight(random(heads))
     for value_dim in (layout.width, layout.width // 2 + 1):
         arguments = (q, sources, sink, layout.width**-0.5, value_dim, 7)
-        close(cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments))
+        found, law = cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments)
+        close(found, law, error_of(isa, layout, heads))
 
 
 @pytest.mark.parametrize("heads", [64, 65])
-def test_attention_at_the_width_of_v4(heads: int, threads: int) -> None:
+def test_attention_at_the_width_of_v4(heads: int, threads: int, isa: str) -> None:
     q = random(3, heads, 512)
     pool, rows = packed(130, V4), packed(900, V4, seed=1)
     index = torch.stack([torch.randperm(900)[:512].sort().values.int() for _ in range(3)])
     sources = [window(pool, V4, 3, 128), Rows(rows, V4, index=index)]
     arguments = (q, sources, weight(random(heads)), 512**-0.5, 512, 127)
-    close(cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments))
+    found, law = cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments)
+    close(found, law, error_of(isa, V4, heads))
 
 
-def test_attention_without_a_sink_and_with_large_scores(threads: int) -> None:
-    q = random(5, 6, 128) * 30
+@pytest.mark.parametrize("heads", [6, 9])
+def test_attention_without_a_sink_and_with_large_scores(heads: int, threads: int, isa: str) -> None:
+    q = random(5, heads, 128) * 30  # scores of thousands, of which 1e-4 is a tenth
     sources = [listed(packed(300, V4_TINY), V4_TINY, 5, 200), window(packed(9, V4_TINY), V4_TINY, 5, 3)]
     arguments = (q, sources, None, 1.0, 128, 0)
-    close(cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments))
+    found, law = cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments)
+    close(found, law, 100 * error_of(isa, V4_TINY, heads) if heads >= 8 else 1e-5)
 
 
+@pytest.mark.parametrize("heads", [5, 8])
 @pytest.mark.parametrize("top", [-200.0, 0.0, 200.0])
-def test_attention_with_any_sink(top: float, threads: int) -> None:
-    q, sources = random(4, 5, 128), [window(packed(9, V4_TINY), V4_TINY, 4, 3)]
-    arguments = (q, sources, weight(torch.full((5,), top)), 0.1, 128, 0)
-    close(cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments))
+def test_attention_with_any_sink(top: float, heads: int, threads: int, isa: str) -> None:
+    q, sources = random(4, heads, 128), [window(packed(9, V4_TINY), V4_TINY, 4, 3)]
+    arguments = (q, sources, weight(torch.full((heads,), top)), 0.1, 128, 0)
+    found, law = cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments)
+    close(found, law, error_of(isa, V4_TINY, heads))
 
 
 def test_attention_to_no_rows_at_all(threads: int) -> None:
@@ -161,7 +174,7 @@ def test_attention_to_no_rows_at_all(threads: int) -> None:
 
 @pytest.mark.parametrize("heads", [8, 15, 17, 48])
 @pytest.mark.parametrize("seen", [1, 31, 32, 33, 127, 128, 129, 300])
-def test_attention_to_rows_that_queries_have_in_common(heads: int, seen: int, threads: int) -> None:
+def test_attention_to_rows_that_queries_have_in_common(heads: int, seen: int, threads: int, isa: str) -> None:
     """As where all of a layer's rows are seen: whole blocks of them, and the first of another."""
     q, rows = random(11, heads, 128), packed(310, V4_TINY)
     stops = torch.full((11,), seen)
@@ -169,19 +182,49 @@ def test_attention_to_rows_that_queries_have_in_common(heads: int, seen: int, th
     sources = [window(packed(30, V4_TINY, seed=1), V4_TINY, 11, 7), prefix(rows, V4_TINY, stops)]
     for given in (sources, sources[::-1]):
         arguments = (q, given, weight(random(heads)), 128**-0.5, 128, 5)
-        # With AMX both queries and shares are within 2^-17, and few rows even nothing out.
-        close(cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments), 2e-5)
+        found, law = cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments)
+        close(found, law, error_of(isa, V4_TINY, heads))
 
 
 @pytest.mark.parametrize("heads", [3, 16])
-def test_attention_to_a_row_that_is_no_number(heads: int, threads: int) -> None:
-    """Who sees it gets no number there either; who does not is not disturbed."""
+@pytest.mark.parametrize("place", [5, V4_TINY.scale_offset, V4_TINY.plain_offset + 9])
+def test_attention_to_a_row_that_is_no_number(heads: int, place: int, threads: int) -> None:
+    """Who sees it gets no number there either; who does not is not disturbed. A code, a scale, and half a bf16 number."""
     rows = packed(200, V4_TINY)
-    rows[150, 5] = 0x7F
+    rows[150, place] = 0x7F if place == 5 else 0xFF
+    rows[150, place - 1] |= 0xC0 if place > V4_TINY.plain_offset else 0
     q = random(2, heads, 128)
     found = cpu_attention.sparse_attention(q, [prefix(rows, V4_TINY, torch.tensor([150, 160]))], None, 0.3, 128, 0)
     assert found[0].isfinite().all()
     assert found[1, :, 5].isnan().all()
+
+
+@pytest.mark.skipif(not {"avx2", "avx512"} <= set(_native.available_isas()), reason="this CPU has but one of them")
+@pytest.mark.parametrize("heads", [8, 21])
+def test_attention_by_whole_numbers_has_the_same_bits_at_both_widths(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, rows = random(5, heads, 512), packed(400, V4)
+    sources = [window(rows[:20], V4, 5, 9), listed(rows, V4, 5, 300)]
+    found = []
+    for isa in ("avx2", "avx512"):
+        monkeypatch.setattr(cpu_attention, "_kernel", lambda name, isa=isa: _native._kernel(name, isa))
+        found.append(cpu_attention.sparse_attention(q, sources, weight(random(heads)), 512**-0.5, 511, 3))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("times", [1.0, 40.0])
+def test_what_attention_rounds_of_a_row_is_little_beside_what_its_codes_have_lost(times: float) -> None:
+    """One row is its own result. An outlier takes bits from all other channels, in its own block by the codes too."""
+    x = random(50, 512)
+    x[:, 77] *= times
+    rows = reference.pack_rows(x, V4)
+    stop = torch.arange(1, 51)
+    found = cpu_attention.sparse_attention(
+        random(50, 8, 512), [Rows(rows, V4, start=stop - 1, stop=stop)], None, 0.05, 512, 0
+    )
+    stored = reference.unpack_rows(rows, V4)
+    assert (found - stored[:, None]).norm() < 0.05 * (stored - x).norm() * 8**0.5
 
 
 @pytest.mark.parametrize("heads", [3, 8, 64])
@@ -214,16 +257,18 @@ SCALES = (0, 1, 64, 120, 127, 140)
 """Bytes of 2^-127, which is subnormal, to 2^13."""
 
 
+@pytest.mark.parametrize("heads", [5, 8])
 @pytest.mark.parametrize("scale", SCALES)
-def test_attention_to_rows_of_every_code(scale: int, threads: int) -> None:
+def test_attention_to_rows_of_every_code(scale: int, heads: int, threads: int, isa: str) -> None:
     rows = packed(256, V4_TINY)
     codes = ((torch.arange(256)[:, None] + 7 * torch.arange(64)) % 256).byte()
     codes[(codes & 0x7F) == 0x7F] = 0  # NaN
     rows[:, :64], rows[:, V4_TINY.scale_offset] = codes, scale
-    q = random(3, 5, 128) * 2.0 ** (120 - max(scale, 120))
+    q = random(3, heads, 128) * 2.0 ** (120 - max(scale, 120))
     sources = [prefix(rows, V4_TINY, torch.tensor([256, 255, 31])), listed(rows, V4_TINY, 3, 200)]
-    arguments = (q, sources, weight(random(5)), 0.1, 128, 0)
-    close(cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments))
+    arguments = (q, sources, weight(random(heads)), 0.1, 128, 0)
+    found, law = cpu_attention.sparse_attention(*arguments), reference.sparse_attention(*arguments)
+    close(found, law, error_of(isa, V4_TINY, heads))
 
 
 def test_attention_refuses_what_does_not_fit() -> None:
