@@ -7,6 +7,9 @@
 // become float32; exact until then, and the same parts either way.
 #pragma once
 
+#include <cstddef>
+#include <utility>
+
 #include "product_int8.hpp"
 
 namespace tenfold::TENFOLD_ISA {
@@ -228,41 +231,46 @@ inline void turned(const uint8_t* const* rows, int64_t offset, __m256i (&out)[4]
     out[3] = _mm256_unpackhi_epi64(b, d);
 }
 
-// Block after block of some activation rows.
-template <int Tokens>
+// Block after block of some activation rows, up to six. They lie `stride` bytes apart, which an address can add once or
+// twice to a register: two registers reach them all.
 class Activations {
 public:
-    Activations(const Product& p, int64_t pair, int64_t i) {
-        for (int t = 0; t < Tokens; ++t) quad_[t] = quads_of(p, pair, i + t);
-    }
+    Activations(const Product& p, int64_t pair, int64_t i)
+        : quad_(reinterpret_cast<const uint8_t*>(quads_of(p, pair, i))),
+          stride_(panel_bytes(panel_width(p.weight.in, pair))) {}
 
     void to(int64_t block) {
-        if (block % 8 == 0 && block > 0) {
-            for (auto& quad : quad_) ++quad;
-        }
-        pair_ = block % 8 / 2;
-        half_ = block % 2;
+        if (block % 8 == 0 && block > 0) quad_ += kQuadBytes;
         part_ = part_of(block);
+        first_ = quad_ + offsetof(Quad, pair) + block % 8 / 2 * kPairBytes + block % 2 * 16;
+        fourth_ = first_ + 3 * stride_;
     }
 
-    // Four bytes of even columns, and of odd ones.
-    const int8_t* even(int t, int at) const { return quad_[t]->pair[pair_].even + 16 * half_ + 4 * at; }
-    const int8_t* odd(int t, int at) const { return quad_[t]->pair[pair_].odd + 16 * half_ + 4 * at; }
+    // Row t's four columns, even or odd ones, `offset` bytes behind its first even ones.
+    template <int t>
+    const uint8_t* near() const {
+        return t < 3 ? first_ : fourth_;
+    }
 
+    int64_t stride() const { return stride_; }
     int64_t part() const { return part_; }
 
     // What the sums of a block begin with, everywhere.
     __m256i start(int t) const {
         int32_t both;
-        std::memcpy(&both, quad_[t]->start[part_], sizeof(both));
+        std::memcpy(&both, quad(t)->start[part_], sizeof(both));
         return _mm256_set1_epi32(both);
     }
 
-    __m256 scale(int t) const { return _mm256_broadcast_ss(&quad_[t]->scale[part_]); }
+    __m256 scale(int t) const { return _mm256_broadcast_ss(&quad(t)->scale[part_]); }
 
 private:
-    const Quad* quad_[Tokens];
-    int64_t pair_ = 0, half_ = 0, part_ = 0;
+    const Quad* quad(int t) const { return reinterpret_cast<const Quad*>(quad_ + t * stride_); }
+
+    const uint8_t* quad_;
+    int64_t stride_;
+    const uint8_t *first_ = nullptr, *fourth_ = nullptr;
+    int64_t part_ = 0;
 };
 
 // y (+)= the parts of eight rows, added as sum_of_parts adds them.
@@ -304,93 +312,97 @@ TENFOLD_APART void unpack(const Eight& rows, int64_t in, int64_t pair, const Eig
     }
 }
 
-// Adds the products of four columns of one group with those of one activation row, by pairs.
-inline void add_four(__m256i codes, const int8_t* x, __m256i& pairs) {
-    int32_t four;
-    std::memcpy(&four, x, sizeof(four));
-    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four)));
+// Adds the products of four columns of two groups with those of row t, by pairs. In this order: the compiler would
+// multiply for all activation rows before it adds, and run out of registers. These lie in memory since before the loop.
+template <int t, int offset>
+inline void add_four(__m256i first, __m256i second, const Activations& x, __m256i& first_pairs, __m256i& second_pairs) {
+    __m256i four, product;
+    const uint8_t* const near = x.near<t>();
+#define TENFOLD_ADD_FOUR(address)                                                                   \
+    __asm__("vpbroadcastd " address ", %2\n\t"                                                      \
+            "vpmaddubsw %2, %4, %3\n\t"                                                             \
+            "vpaddw %3, %0, %0\n\t"                                                                 \
+            "vpmaddubsw %2, %5, %2\n\t"                                                             \
+            "vpaddw %2, %1, %1"                                                                     \
+            : "+x"(first_pairs), "+x"(second_pairs), "=&x"(four), "=&x"(product)                    \
+            : "x"(first), "x"(second), "r"(near), "r"(x.stride()), "i"(offset), "m"(*near))
+    if constexpr (t % 3 == 0) {
+        TENFOLD_ADD_FOUR("%c8(%6)");
+    } else if constexpr (t % 3 == 1) {
+        TENFOLD_ADD_FOUR("%c8(%6,%7)");
+    } else {
+        TENFOLD_ADD_FOUR("%c8(%6,%7,2)");
+    }
+#undef TENFOLD_ADD_FOUR
 }
 
-// Of two groups, in this order: the compiler would multiply for all activation rows before it adds, and run out of
-// registers.
-inline void add_four(__m256i first, __m256i second, const int8_t* x, __m256i& first_pairs, __m256i& second_pairs) {
-    __m256i four, product;
-    __asm__("vpbroadcastd %6, %2\n\t"
-            "vpmaddubsw %2, %4, %3\n\t"
-            "vpaddw %3, %0, %0\n\t"
-            "vpmaddubsw %2, %5, %2\n\t"
-            "vpaddw %2, %1, %1"
-            : "+x"(first_pairs), "+x"(second_pairs), "=&x"(four), "=&x"(product)
-            : "x"(first), "x"(second), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+// Four columns of every row.
+template <int offset, int Tokens, int... t>
+inline void add_fours(__m256i first, __m256i second, const Activations& x, __m256i (&pairs)[kGroups][Tokens],
+                      std::integer_sequence<int, t...>) {
+    (add_four<t, offset>(first, second, x, pairs[0][t], pairs[1][t]), ...);
+}
+
+// A block's columns: four even ones, four odd ones, and so on.
+template <int Tokens, int... i>
+inline void add_columns(const Block* tile, const Activations& x, __m256i (&pairs)[kGroups][Tokens],
+                        std::integer_sequence<int, i...>) {
+    (add_fours<i % 2 * 32 + i / 2 * 4>(tile->codes[i], tile[kGroupBlocks].codes[i], x, pairs,
+                                       std::make_integer_sequence<int, Tokens>()), ...);
 }
 
 // One block. The 16 products that a lane sums may leave 16 bits on the way, which wraps around, but not in the end: with
 // 12 less for each weight they add up to at most 16 * 12 * 127 < 2^15.
-template <int Groups, int Tokens>
-inline void add_block(const Block* tile, const Activations<Tokens>& x, __m256 (&sums)[Groups][Tokens]) {
-    __m256i pairs[Groups][Tokens];
+template <int Tokens>
+inline void add_block(const Block* tile, const Activations& x, __m256 (&sums)[kGroups][Tokens]) {
+    __m256i pairs[kGroups][Tokens];
 #pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) {
+    for (int t = 0; t < Tokens; ++t) pairs[0][t] = pairs[1][t] = x.start(t);
+    add_columns(tile, x, pairs, std::make_integer_sequence<int, 8>());
 #pragma GCC unroll 2
-        for (int g = 0; g < Groups; ++g) pairs[g][t] = x.start(t);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        const __m256i first = tile->codes[i], last = tile[(Groups - 1) * kGroupBlocks].codes[i];
-#pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t) {
-            const int8_t* const four = i % 2 == 0 ? x.even(t, i / 2) : x.odd(t, i / 2);
-            if constexpr (Groups == 2) {
-                add_four(first, last, four, pairs[0][t], pairs[1][t]);
-            } else {
-                add_four(first, four, pairs[0][t]);
-            }
-        }
-    }
-#pragma GCC unroll 2
-    for (int g = 0; g < Groups; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
         const __m256 scale = tile[g * kGroupBlocks].scale;
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t) sums[g][t] = add_exact(in_32_bits(pairs[g][t]), scale, x.scale(t), sums[g][t]);
     }
 }
 
-template <int Groups, int Tokens>
+template <int Tokens>
 TENFOLD_APART void multiply_wide(const Product& p, const Block* tile, int64_t pair, int64_t i, int64_t row,
                                  int64_t last) {
-    __m256 sums[kParts][Groups][Tokens];
+    __m256 sums[kParts][kGroups][Tokens];
     for (auto& of_part : sums) {
         for (auto& of_group : of_part) {
             for (auto& sum : of_group) sum = _mm256_setzero_ps();
         }
     }
-    Activations<Tokens> x(p, pair, i);
+    Activations x(p, pair, i);
     for (int64_t block = 0; block < blocks_of(p.weight.in, pair); ++block) {
         x.to(block);
         add_block(tile + block, x, sums[x.part()]);
     }
-    for (int g = 0; g < Groups && row + kEight * g < last; ++g) {
+    for (int g = 0; g < kGroups && row + kEight * g < last; ++g) {
         for (int t = 0; t < Tokens; ++t) {
             float* const y = y_row(p, i + t, row + kEight * g);
-            put_eight(y, &sums[0][g][t], Groups * Tokens, last - row - kEight * g, p.add || pair > 0);
+            put_eight(y, &sums[0][g][t], kGroups * Tokens, last - row - kEight * g, p.add || pair > 0);
         }
     }
 }
 
 // `tokens` activation rows from i on, at most `Most`.
-template <int Groups, int Most = kRegisterTokens>
+template <int Most = kRegisterTokens>
 void multiply_tokens(const Product& p, const Block* tile, int64_t pair, int64_t i, int64_t tokens, int64_t row,
                      int64_t last) {
     if constexpr (Most > 1) {
-        if (tokens < Most) return multiply_tokens<Groups, Most - 1>(p, tile, pair, i, tokens, row, last);
+        if (tokens < Most) return multiply_tokens<Most - 1>(p, tile, pair, i, tokens, row, last);
     }
-    multiply_wide<Groups, Most>(p, tile, pair, i, row, last);
+    multiply_wide<Most>(p, tile, pair, i, row, last);
 }
 
 void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, int64_t last, int64_t tile_rows) {
     const int64_t in = p.weight.in, stop = pair + panel_width(in, pair);
     const bool more = stop < num_pairs(in);
-    for (int64_t r = 0; r < last - first; r += kEight) {
+    for (int64_t r = 0; r < round_up(last - first, kGroups * kEight); r += kEight) {
         const Eight rows(p.weight, first + r, last);
         const Eight after(p.weight, first + r + tile_rows, p.weight.out);
         unpack(rows, in, pair, more ? rows : after, more ? stop : 0, tile + r / kEight * kGroupBlocks);
@@ -401,11 +413,7 @@ void multiply_tile(const Product& p, Block* tile, int64_t pair, int64_t first, i
             const Block* const at = tile + (row - first) / kEight * kGroupBlocks;
             for (int64_t i = home, count = 0; i < home_stop; i += count) {
                 count = tokens_of(home_stop - i, kRegisterTokens);
-                if (last - row > kEight) {
-                    multiply_tokens<kGroups>(p, at, pair, i, count, row, last);
-                } else {
-                    multiply_tokens<1>(p, at, pair, i, count, row, last);
-                }
+                multiply_tokens(p, at, pair, i, count, row, last);
             }
         }
     }
