@@ -21,9 +21,9 @@ from tenfold import _native, peaks
 from tenfold import config as configuration
 from tenfold.config import ModelConfig
 from tenfold.engine import Engine, Session
-from tenfold.formats import FP8_BLOCK, MXFP4, index_key_fp4
+from tenfold.formats import FP8_BLOCK, MXFP4, index_key_fp4, kv_row_v4
 from tenfold.machine import anonymous_bytes, this_machine
-from tenfold.ops import Weight, cpu, cpu_linear
+from tenfold.ops import Rows, Weight, cpu, cpu_linear
 from tenfold.planner import roofline_seconds, step_work
 from tenfold.planner.anatomy import dissect
 from tenfold.planner.clocks import index_tile, residual_channels
@@ -36,6 +36,7 @@ _CONTEXT, _DECODES, _CHUNKS, _CHUNK_TOKENS = 1024, 1000, 5, 2048  # over seconds
 _WIDTH, _ROWS = 2048, 512
 _KEYS, _QUERIES, _KEY_TILE, _CALLS = 1 << 18, 512, 1 << 12, 7  # tiles of queries enough to end together
 _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK = 64, 128, 512  # V4's own
+_HEADS, _HEAD_DIM, _ROPE_DIM, _SEEN, _SEEING = 64, 512, 64, 640, 64  # V4-Flash's rows, and queries of a tile
 _LEAST_S = 0.5
 _DISK_BYTES, _DISK_BLOCK = 1 << 28, 1 << 22
 
@@ -50,6 +51,7 @@ def calibrate() -> Measured:
         float_product_flops_per_s=_product_flops_per_s(rounded=False),
         fp8_product_flops_per_s=_product_flops_per_s(rounded=True),
         int8_product_ops_per_s=_int8_product_ops_per_s(),
+        attention_ops_per_s=_attention_ops_per_s(),
         index_ops_per_s=0.0,
         disk_bytes_per_s=_disk_bytes_per_s(measured_path().parent),
         layer_floor_s=0.0,
@@ -104,15 +106,26 @@ def _int8_product_ops_per_s() -> float:
     return 6 * _ROWS * _WIDTH**2 / _median_s(lambda: cpu_linear.feed_forward(x, w1, w2, w3, None, rounded=True))
 
 
+def _attention_ops_per_s() -> float:
+    """Many queries, each to rows of its own."""
+    layout, generator = kv_row_v4(_HEAD_DIM, _ROPE_DIM), torch.Generator().manual_seed(0)
+    rows = cpu.pack_rows(torch.randn(_KEY_TILE, _HEAD_DIM, generator=generator), layout)
+    chosen = [torch.randperm(_KEY_TILE, generator=generator)[:_SEEN].sort().values for _ in range(_SEEING)]
+    q, source = torch.randn(_SEEING, _HEADS, _HEAD_DIM), Rows(rows, layout, index=torch.stack(chosen).int())
+    operations = 4 * _SEEING * _HEADS * _SEEN * _HEAD_DIM
+    return operations / _median_s(lambda: cpu.sparse_attention(q, [source], None, _HEAD_DIM**-0.5, _HEAD_DIM, 0))
+
+
 def _with_index(measured: Measured, config: ModelConfig) -> Measured:
     """Three unknowns from three times of a query and a key: with V4's many heads, with the embedded model's few, and
     with one query alone, for which a key is unpacked every time."""
     heads, dim, topk = config.index_n_heads, config.index_head_dim, config.index_topk
-    enough = _KEYS // 16  # of keys, where scores are nearly all the work
-    many_s = _select_s(_QUERIES, enough, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (_QUERIES * enough)
+    queries, keys = _QUERIES // 4, _KEYS // 4  # so many that choosing the best is little beside scores
+    many_s = _select_s(queries, keys, _INDEX_HEADS, _INDEX_DIM, _INDEX_TOPK) / (queries * keys)
     few_s = _select_s(_QUERIES, _KEYS, heads, dim, topk) / (_QUERIES * _KEYS)
     alone_s = _select_s(1, _KEYS, heads, dim, topk) / _KEYS
-    shared_by_few, shared_by_many = (index_tile(_QUERIES, count, measured.threads) for count in (heads, _INDEX_HEADS))
+    shared_by_few = index_tile(_QUERIES, heads, measured.threads)
+    shared_by_many = index_tile(queries, _INDEX_HEADS, measured.threads)
     tile_s = max(0.0, (alone_s - few_s) / (1 - 1 / shared_by_few)) if shared_by_few > 1 else 0.0
     many, few = 2 * _INDEX_HEADS * _INDEX_DIM, 2 * heads * dim
     of_more_heads_s = many_s - tile_s / shared_by_many - (few_s - tile_s / shared_by_few)

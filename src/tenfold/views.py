@@ -149,6 +149,7 @@ def _show_measured(figures: Mapping[str, Any]) -> None:
         ("FP8 weights", f"{figures['float_product_flops_per_s'] / 1e9:,.0f} GFLOP/s, float32 activations"),
         ("FP8, as deployed", f"{figures['fp8_product_flops_per_s'] / 1e9:,.0f} GFLOP/s"),
         ("MXFP4 experts", f"{figures['int8_product_ops_per_s'] / 1e9:,.0f} Gop/s, rounded activations"),
+        ("attention", f"{figures['attention_ops_per_s'] / 1e9:,.0f} Gop/s, V4's rows and heads"),
         ("index scores", f"{figures['index_ops_per_s'] / 1e9:,.0f} Gop/s"),
         ("disk read", "n/a" if disk is None else f"{disk / 1e9:,.2f} GB/s"),
         ("a layer", f"{1e6 * figures['layer_floor_s']:,.0f} µs beyond these in each step"),

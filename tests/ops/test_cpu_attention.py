@@ -189,7 +189,7 @@ def test_attention_to_rows_that_queries_have_in_common(heads: int, seen: int, th
 @pytest.mark.parametrize("heads", [3, 16])
 @pytest.mark.parametrize("place", [5, V4_TINY.scale_offset, V4_TINY.plain_offset + 9])
 def test_attention_to_a_row_that_is_no_number(heads: int, place: int, threads: int) -> None:
-    """Who sees it gets no number there either; who does not is not disturbed. A code, a scale, and half a bf16 number."""
+    """Who sees it gets no number there either; who does not is not disturbed. A code, a scale, and a bf16 number."""
     rows = packed(200, V4_TINY)
     rows[150, place] = 0x7F if place == 5 else 0xFF
     rows[150, place - 1] |= 0xC0 if place > V4_TINY.plain_offset else 0

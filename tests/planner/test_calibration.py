@@ -39,6 +39,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_DISK_BYTES", 1 << 22)
     monkeypatch.setattr(calibration, "_product_flops_per_s", lambda rounded: 1e17)
     monkeypatch.setattr(calibration, "_int8_product_ops_per_s", lambda: 1e17)
+    monkeypatch.setattr(calibration, "_attention_ops_per_s", lambda: 1e17)
 
 
 @pytest.mark.usefixtures("quick")
@@ -86,6 +87,7 @@ def test_kernel_rates_are_operations_over_seconds(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(calibration, "_median_s", two_seconds)
     assert calibration._product_flops_per_s(rounded=True) == 2 * 4 * 128 * 128 / 2.0
     assert calibration._int8_product_ops_per_s() == 3 * 2 * 4 * 128 * 128 / 2.0
+    assert calibration._attention_ops_per_s() == 2 * 64 * 64 * 640 * (512 + 512) / 2.0
 
 
 def test_the_index_is_taken_apart_as_it_was_put_together(monkeypatch: pytest.MonkeyPatch) -> None:

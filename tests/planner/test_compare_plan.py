@@ -144,7 +144,7 @@ def test_the_longest_context_fits_and_the_next_does_not() -> None:
 def measured(**other: Any) -> Measured:
     speeds = {"read_bytes_per_s": 30e9, "float32_flops_per_s": 200e9, "int8_ops_per_s": 500e9, "disk_bytes_per_s": 1e9}
     speeds |= {"float_product_flops_per_s": 200e9, "fp8_product_flops_per_s": 200e9}
-    speeds |= {"int8_product_ops_per_s": 400e9, "index_ops_per_s": 500e9}
+    speeds |= {"int8_product_ops_per_s": 400e9, "attention_ops_per_s": 250e9, "index_ops_per_s": 500e9}
     floors = {
         "layer_floor_s": 1e-4,
         "token_floor_s": 1e-6,
@@ -166,6 +166,20 @@ def test_plan_on_this_machine_from_its_own_figures() -> None:
         store_measured(measured(**{name: getattr(measured(), name) * (10 if name == "layer_floor_s" else 0.1)}))
         slower[name] = asked("plan", "tiny-v4-flash", "--context", "1K")["time"]["tokens_per_s"]
     assert all(speed < found["time"]["tokens_per_s"] for speed in slower.values())
+
+
+def test_attention_of_many_heads_to_v4_rows_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    store_measured(measured())
+    here = replace(machines.find("this"), memory_bytes=1e12)
+    monkeypatch.setattr(machines, "_here", lambda: here)
+    speeds: dict[str, list[float]] = {"tiny-v4-flash": [], "v4-flash": [], "v3.2": []}
+    for rate in (250e9, 25e9):
+        store_measured(measured(attention_ops_per_s=rate))
+        for model, found in speeds.items():
+            found.append(asked("plan", model, "--context", "64K")["time"]["first_token_s"])
+    assert speeds["v4-flash"][1] > 1.2 * speeds["v4-flash"][0]
+    assert speeds["tiny-v4-flash"][0] == speeds["tiny-v4-flash"][1]
+    assert speeds["v3.2"][0] == speeds["v3.2"][1]
 
 
 def test_experts_that_memory_does_not_hold_come_from_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,9 @@ __all__ = [
     "unpacked",
 ]
 
-Precision = Literal["fp8", "fp4xfp8", "bf16", "f32", "fp4"]
-"""What is multiplied with what: fp8 pairs, fp4 weights with fp8 activations, bf16, float32, fp4 pairs."""
+Precision = Literal["fp8", "fp4xfp8", "bf16", "f32", "fp4", "fp8rows"]
+"""What is multiplied with what: fp8 pairs, fp4 weights with fp8 activations, bf16, float32, fp4 pairs; `fp8rows` are
+queries and shares with packed rows, where this machine's kernels have a rate of their own for it, else bf16."""
 
 PRECISIONS: dict[str, Precision] = {
     FP8_BLOCK.name: "fp8",

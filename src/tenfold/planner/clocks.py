@@ -7,7 +7,7 @@ Both answer the same questions. Knows nothing of money.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tenfold.config import DeepseekV4Config, ModelConfig
@@ -16,7 +16,7 @@ from tenfold.planner.machines import Measured
 from tenfold.planner.serving import Fleet
 from tenfold.planner.work import Work, roofline_seconds, step_work
 
-__all__ = ["CHUNK_TOKENS", "Clock", "FleetClock", "LocalClock", "index_tile", "residual_channels"]
+__all__ = ["CHUNK_TOKENS", "Clock", "FleetClock", "LocalClock", "as_computed_here", "index_tile", "residual_channels"]
 
 
 def residual_channels(config: ModelConfig) -> int:
@@ -27,6 +27,16 @@ def residual_channels(config: ModelConfig) -> int:
 def index_tile(num_queries: int, heads: int, threads: int) -> int:
     """Queries for which the CPU's indexer unpacks a key once (native/kernels/index.cpp)."""
     return min(64 if heads <= 8 else 16, -(-num_queries // (4 * threads)))
+
+
+_FEWEST_HEADS = 8
+"""From so many on V4's rows are multiplied as they are (native/kernels/attention_blocks.hpp), else as float32."""
+
+
+def as_computed_here(anatomy: Anatomy) -> Anatomy:
+    """The anatomy with attention in the precision of this machine's kernels."""
+    as_they_are = all(kind.heads >= _FEWEST_HEADS and kind.key_width == kind.value_width for kind in anatomy.attention)
+    return replace(anatomy, attention_precision="fp8rows") if as_they_are else anatomy
 
 
 CHUNK_TOKENS = 4096
@@ -77,7 +87,7 @@ class LocalClock:
 
     def _step_s(self, position: int, num_tokens: int) -> dict[str, float]:
         """Seconds of a step by what they go to."""
-        work = step_work(self.anatomy, position, num_tokens)
+        work = step_work(as_computed_here(self.anatomy), position, num_tokens)
         peaks = self.measured.peaks
         reading = sum(peaks.seconds(w) for w in work if _is_read_bound(w, self.measured))
         layers = self.anatomy.layers

@@ -62,8 +62,9 @@ class Hardware:
 class Measured:
     """What `tenfold doctor --measure` found here: peaks, what kernels reach, and costs that no component counts.
 
-    The kernels are FP8 weights with float32 activations (`float_product_flops_per_s`, which attention reaches too) and
-    with those of deployed numerics (`fp8_product_flops_per_s`), experts in MXFP4 with int8 ones, fp4 index scores.
+    The kernels are FP8 weights with float32 activations (`float_product_flops_per_s`, which attention to float32 rows
+    reaches too) and with those of deployed numerics (`fp8_product_flops_per_s`), experts in MXFP4 with int8 ones,
+    attention of many heads to V4's rows, fp4 index scores.
     `layer_floor_s` is a layer's fixed cost in a step, `token_floor_s` what each token of a long step adds in a layer
     for every 1,000 channels of its residual streams (norms, packing, mixing). Beyond its scores with all heads, an
     index key takes `key_floor_s` of each query, and `key_tile_s` of each tile of queries that share it once unpacked.
@@ -76,6 +77,7 @@ class Measured:
     float_product_flops_per_s: float
     fp8_product_flops_per_s: float
     int8_product_ops_per_s: float
+    attention_ops_per_s: float
     index_ops_per_s: float
     disk_bytes_per_s: float | None
     layer_floor_s: float
@@ -94,6 +96,7 @@ class Measured:
             **dict.fromkeys(_FLOAT_PRECISIONS, self.float_product_flops_per_s),
             "fp8": self.fp8_product_flops_per_s,
             "fp4xfp8": self.int8_product_ops_per_s,
+            "fp8rows": self.attention_ops_per_s,
             "fp4": self.index_ops_per_s,
         }
         return Peaks(self.read_bytes_per_s, self.float32_flops_per_s, self.int8_ops_per_s, achieved=achieved)
