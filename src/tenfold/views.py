@@ -161,7 +161,7 @@ def _show_measured(figures: Mapping[str, Any]) -> None:
     )
     out.print(f"measured with {figures['threads']} threads, kept in {figures['kept_in']}", soft_wrap=True)
     for name, value in rows:
-        out.print(f"{'':<9}{name:<14}{value}", soft_wrap=True)
+        out.print(f"{'':<9}{name:<17}{value}", soft_wrap=True)
 
 
 def show_written(found: Mapping[str, Any]) -> None:
