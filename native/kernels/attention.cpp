@@ -409,13 +409,12 @@ void sparse_attention(const float* q, const Rows* sources, int64_t num_sources, 
     if (n == 0 || heads == 0) return;
     if (rows * heads * width < 1 << 17) threads = 1;  // some 5 us: not worth a fork
     Attention call{q, sources, num_sources, sink, frequencies, out, n, heads, width, value_dim, position, pairs, scale};
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__)
     if (suits_blocks(call)) {
         split_tasks(call, queries_of_tiles(heads), kTileSide, threads);
         return run_tasks<TileWorker>(call, threads);
     }
-#endif
-#ifdef __AVX2__
+#elif defined(__AVX2__)
     if (suits_blocks(call)) {
         split_tasks(call, queries_together(round_up(heads, kHeadsSummed)), kHeadsSummed, threads);
         return run_tasks<Int16Worker>(call, threads);

@@ -6,7 +6,7 @@
 // query's own affair: nothing depends on the vectors' width, on company or on threads.
 #pragma once
 
-#ifdef __AVX2__
+#if defined(__AVX2__) && !defined(__AMX_BF16__)
 
 #include "attention_blocks.hpp"
 #include "int16.hpp"
@@ -58,11 +58,11 @@ inline float decode_whole(const uint8_t* row, const RowLayout& layout, int16_t* 
         const int32_t below = top - scales[i] + 1, by = below < 15 ? below : 15;  // 16 times a code, not 32
         const Ints down = all_lanes(worst, by * 0x01010101);
         for (int64_t first = i * kCodesTogether; first < (i + 1) * kCodesTogether; first += kCodes) {
-            const Ints codes = dealt(load(row + first));
+            const Ints codes = dealt(load_ints(row + first));
             worst = larger_bytes(worst, twice_bytes(codes));
             const Wholes wholes = wholes_of(codes, lower_bytes(exponents_of(codes), down));
-            store(to + first, wholes.first);
-            store(to + first + kWords, wholes.second);
+            store_ints(to + first, wholes.first);
+            store_ints(to + first + kWords, wholes.second);
         }
     }
     is_nan |= has_byte(worst, -2);
@@ -73,7 +73,7 @@ inline float decode_whole(const uint8_t* row, const RowLayout& layout, int16_t* 
             const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
             return _mm256_mul_ps(_mm256_castsi256_ps(bits), factor);
         };
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + layout.coded + i), wholes_of(eight(i), eight(i + 8)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + layout.coded + i), in_16_bits(eight(i), eight(i + 8)));
     }
     return is_nan ? __builtin_nanf("") : from_bits(static_cast<uint32_t>(top - 4) << 23);
 }
@@ -93,7 +93,7 @@ TENFOLD_APART void score_rows(const int16_t* q, const int16_t* k, int64_t width,
     for (int64_t i = 0; i < width; i += kWords) {
         Ints of_heads[heads];
 #pragma GCC unroll 4
-        for (int h = 0; h < heads; ++h) of_heads[h] = load(q + h * stride + i);
+        for (int h = 0; h < heads; ++h) of_heads[h] = load_ints(q + h * stride + i);
 #pragma GCC unroll 4
         for (int r = 0; r < kRowsScored; ++r) {
             const int16_t* const row = k + r * stride + i;
@@ -108,7 +108,7 @@ TENFOLD_APART void score_rows(const int16_t* q, const int16_t* k, int64_t width,
     for (int h = 0; h < heads; ++h) {
         __m256 of_row[kRowsScored];
 #pragma GCC unroll 4
-        for (int r = 0; r < kRowsScored; ++r) of_row[r] = _mm256_cvtepi32_ps(halves_sum(sums[h][r]));
+        for (int r = 0; r < kRowsScored; ++r) of_row[r] = _mm256_cvtepi32_ps(sides_sum(sums[h][r]));
         const __m128 exact = lane_sums(of_row[0], of_row[1], of_row[2], of_row[3]);
         _mm_storeu_ps(to + h * kBlockRows, _mm_mul_ps(_mm_mul_ps(exact, _mm_set1_ps(q_scales[h])), of_rows));
     }
@@ -241,7 +241,7 @@ private:
         const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(step.inverse));
         for (int64_t i = 0; i < call_.width; i += 16) {
             const __m256 a = _mm256_loadu_ps(from + i), b = _mm256_loadu_ps(from + i + 8);
-            const __m256i wholes = wholes_of(_mm256_mul_ps(a, factor), _mm256_mul_ps(b, factor));
+            const __m256i wholes = in_16_bits(_mm256_mul_ps(a, factor), _mm256_mul_ps(b, factor));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), wholes);
         }
         return step.scale;
@@ -337,7 +337,7 @@ private:
         for (int64_t r = 0; r < count; r += 16) {
             const __m256 a = _mm256_mul_ps(_mm256_load_ps(weights + r), factor);
             const __m256 b = _mm256_mul_ps(_mm256_load_ps(weights + r + 8), factor);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r), wholes_of(a, b));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r), in_16_bits(a, b));
         }
         return step.scale;
     }
@@ -359,7 +359,7 @@ private:
         const int16_t* from = k + first;
         for (int64_t r = 0; r < rows; r += 2, from += 2 * stride) {
             for (int64_t i = 0; i < kLineWords / kWords; ++i) {
-                const Ints a = load(from + i * kWords), b = load(from + stride + i * kWords);
+                const Ints a = load_ints(from + i * kWords), b = load_ints(from + stride + i * kWords);
                 pairs[i * kBlockRows + r] = low16(a, b);
                 pairs[i * kBlockRows + r + 1] = high16(a, b);
             }

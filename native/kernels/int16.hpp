@@ -42,8 +42,8 @@ inline float sum_of(__m256 v) {
 
 inline __m256 sizes_of(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), v); }
 
-// Sixteen numbers, rounded.
-inline __m256i wholes_of(__m256 first, __m256 second) {
+// Sixteen numbers, rounded to whole ones.
+inline __m256i in_16_bits(__m256 first, __m256 second) {
     const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(first), _mm256_cvtps_epi32(second));
     return _mm256_permute4x64_epi64(packed, 0xD8);
 }

@@ -79,8 +79,8 @@ inline Ints no_ints() { return _mm512_setzero_si512(); }
 inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline Floats all_floats(float value) { return _mm512_set1_ps(value); }
 inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
-inline Ints load(const void* from) { return _mm512_loadu_si512(from); }
-inline void store(void* to, Ints v) { _mm512_storeu_si512(to, v); }
+inline Ints load_ints(const void* from) { return _mm512_loadu_si512(from); }
+inline void store_ints(void* to, Ints v) { _mm512_storeu_si512(to, v); }
 
 // Eight numbers, or 32 bytes, beside each row; 16 bytes beside each half of a row.
 inline Floats spread(const float* from) {
@@ -123,7 +123,7 @@ inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
 // Pieces of eight bytes in the order in which low and high halves, each byte grown to two, come out in theirs.
 inline Ints dealt(Ints bytes) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), bytes); }
 
-inline __m256i halves_sum(Ints v) {
+inline __m256i sides_sum(Ints v) {
     return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
 }
 
@@ -142,8 +142,8 @@ inline Ints no_ints() { return _mm256_setzero_si256(); }
 inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 inline Floats all_floats(float value) { return _mm256_set1_ps(value); }
 inline void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
-inline Ints load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-inline void store(void* to, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
+inline Ints load_ints(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void store_ints(void* to, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
 inline Floats spread(const float* from) { return _mm256_loadu_ps(from); }
 inline Ints spread(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline Ints spread(__m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
@@ -168,7 +168,7 @@ inline Ints halves_sum(Ints a, Ints b) {
 
 inline Ints dealt(Ints bytes) { return _mm256_permute4x64_epi64(bytes, 0xD8); }
 
-inline __m256i halves_sum(Ints v) { return v; }
+inline __m256i sides_sum(Ints v) { return v; }
 
 inline __m256 row_of(Floats v, int) { return v; }
 

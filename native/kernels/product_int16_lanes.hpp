@@ -384,7 +384,7 @@ float round_block(const float* x, int64_t count, int16_t* to) {
             return _mm256_mul_ps(values, _mm256_set1_ps(step.inverse));
         };
         for (int half = 0; half < 2; ++half) {
-            const __m256i numbers = wholes_of(part(half), part(half + 2));
+            const __m256i numbers = in_16_bits(part(half), part(half + 2));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i + 16 * half), numbers);
         }
     }
