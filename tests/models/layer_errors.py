@@ -19,11 +19,12 @@ from tenfold.config import ModelConfig
 from tenfold.synth import shrink, synth
 
 SHAPES: dict[str, dict[str, int]] = {
-    "v4-flash": {"layers": 6, "index_topk": 48},
-    "v4-pro": {"layers": 6, "index_topk": 48},
+    "v4-flash": {"layers": 6, "index_topk": 48, "num_attention_heads": 8},
+    "v4-pro": {"layers": 6, "index_topk": 48, "num_attention_heads": 8},
     "v3.2": {"layers": 4, "index_topk": 128, "first_k_dense_replace": 1},
 }
-"""What a small network keeps of its preset: every kind of layer, and fewer selected rows than a short prompt has."""
+"""What a small network keeps of its preset: every kind of layer, and fewer selected rows than a short prompt has; as
+many heads as attention to V4's rows has kernels of its own for."""
 
 
 NUMERICS = ("exact", "deployed-f32", "deployed")
