@@ -4,9 +4,8 @@
 
 float32 and what deployed numerics make of activations, by instruction set, are the kernels themselves; e4m3 per 128
 with a scale that is a power of two is what the official inference multiplies, in float64 but for that rounding, and
-queries and shares in bf16 are what its attention does. Errors
-are norms relative to the result's; the largest single one is relative to the result's root mean square. Writes
-benchmarks/results/activations.csv.
+queries and shares in bf16 are what its attention does. Errors are norms relative to the result's; the largest single
+one is relative to the result's root mean square. Writes benchmarks/results/activations.csv.
 """
 
 from __future__ import annotations

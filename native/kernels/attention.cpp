@@ -139,11 +139,6 @@ void add_value_tile(const float* shares, const float* v, int64_t rows, const Sha
     add_values<vectors>(shares, v, rows, s, values);
 }
 
-void multiply(float* x, int64_t count, float factor) {
-    const __m256 factors = _mm256_set1_ps(factor);
-    for (int64_t i = 0; i < count; i += 8) _mm256_store_ps(x + i, _mm256_mul_ps(_mm256_load_ps(x + i), factors));
-}
-
 #else
 
 void score(const float* q, const float* k, int64_t rows, const Shape& s, float* scores) {
@@ -174,10 +169,6 @@ void add_value_tile(const float* shares, const float* v, int64_t rows, const Sha
     }
 }
 
-void multiply(float* x, int64_t count, float factor) {
-    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
-}
-
 #endif
 
 // ------------------------------------------------------------------------------------------ a query and a block
@@ -196,13 +187,8 @@ void raise_tops(const float* scores, int64_t rows, const Query& query, int64_t h
     }
 #endif
     for (int64_t h = 0; h < group; ++h) {
-        const float top = next_integer(largest[h]);
-        float* const known = query.top + head + h;
-        if (!(top > *known)) continue;
-        const float factor = power_of_two(*known - top);
-        *known = top;
-        query.total[head + h] *= factor;
-        multiply(query.values + (head + h) * s.value_stride, s.value_dim, factor);
+        float* const values = query.values + (head + h) * s.value_stride;
+        raise_top(next_integer(largest[h]), query.top[head + h], query.total[head + h], values, s.value_dim);
     }
 }
 
@@ -347,14 +333,9 @@ struct Worker {
 
     void finish(const Query& from, int64_t row, int64_t first_head, int64_t heads) const {
         const Shape& s = shape;
-        float cos[most_pairs], sin[most_pairs];
-        turn(call.position + row, call.frequencies, call.pairs, -1.0F, cos, sin);
-        for (int64_t h = 0; h < heads; ++h) {
-            float* const to = call.out + (row * call.heads + first_head + h) * s.value_dim;
+        finish_heads(call, row, first_head, heads, [&](int64_t h, float* to) {
             for (int64_t i = 0; i < s.value_dim; ++i) to[i] = from.values[h * s.value_stride + i] / from.total[h];
-            float* const tail = to + s.value_dim - 2 * call.pairs;
-            rotate_row(tail, cos, sin, call.pairs, true, tail);
-        }
+        });
     }
 };
 

@@ -405,17 +405,12 @@ private:
     }
 
     TENFOLD_APART void finish(const Part& part, int64_t i) const {
-        float cos[most_pairs], sin[most_pairs];
-        turn(call_.position + part.first + i, call_.frequencies, call_.pairs, -1.0F, cos, sin);
-        for (int64_t h = 0; h < part.heads; ++h) {
+        finish_heads(call_, part.first + i, part.first_head, part.heads, [&](int64_t h, float* to) {
             const int64_t tile = i * head_tiles + h / kTileSide;
             arrange(sums + tile * values * kTileFloats + h % kTileSide * kTileSide,
                     total[tile * kTileSide + h % kTileSide]);
-            float* const to = call_.out + ((part.first + i) * call_.heads + part.first_head + h) * call_.value_dim;
             __builtin_memcpy(to, row, static_cast<uint64_t>(call_.value_dim) * 4);
-            float* const tail = to + call_.value_dim - 2 * call_.pairs;
-            rotate_row(tail, cos, sin, call_.pairs, true, tail);
-        }
+        });
     }
 
     // One head's sums, divided, in the order of channels. Pairs of rows came from quarters of their vectors: of each

@@ -65,14 +65,10 @@ inline float decode_whole(const uint8_t* row, const RowLayout& layout, int16_t* 
             store_ints(to + first + kWords, wholes.second);
         }
     }
-    is_nan |= has_byte(worst, -2);
+    is_nan |= has_nan_code(worst);
     const __m256 factor = _mm256_set1_ps(from_bits(static_cast<uint32_t>(258 - top) << 23));  // 16 times 2^(127 - top)
     for (int64_t i = 0; i < layout.plain; i += 16) {
-        const auto eight = [=](int64_t first) {
-            const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(plain + 2 * first));
-            const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-            return _mm256_mul_ps(_mm256_castsi256_ps(bits), factor);
-        };
+        const auto eight = [=](int64_t first) { return _mm256_mul_ps(eight_bf16(plain + 2 * first), factor); };
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + layout.coded + i), in_16_bits(eight(i), eight(i + 8)));
     }
     return is_nan ? __builtin_nanf("") : from_bits(static_cast<uint32_t>(top - 4) << 23);
@@ -251,17 +247,16 @@ private:
 
     TENFOLD_APART void decode(const Block& block) const {
         for (int64_t r = 0; r < block.count; ++r) {
-            if (r + 2 < block.count) ask_near(block.rows[r + 2]);
+            if (r + 2 < block.count) {
+                const uint8_t* const later = block.rows[r + 2];
+                ask_for<3>(later, layout_.row_bytes, later + layout_.row_bytes);
+            }
             row_scales[r] = decode_whole(block.rows[r], layout_, k + r * stride);
         }
         for (int64_t r = block.count; r < round_up(block.count, 16); ++r) row_scales[r] = 0.0F;
         for (int64_t r = block.count; r < round_up(block.count, kRowsScored); ++r) {
             __builtin_memset(k + r * stride, 0, static_cast<uint64_t>(call_.width) * 2);
         }
-    }
-
-    void ask_near(const uint8_t* row) const {
-        for (int64_t at = 0; at < layout_.row_bytes; at += 64) __builtin_prefetch(row + at);
     }
 
     void attend(const Block& block, int64_t heads, bool first, const Block& next) const {
@@ -309,7 +304,8 @@ private:
         for (int64_t r = count; r < stop; ++r) of_head[r] = kNoScore;
         __m256 largest = _mm256_set1_ps(top[at]);
         for (int64_t r = 0; r < stop; r += 8) largest = _mm256_max_ps(_mm256_loadu_ps(of_head + r), largest);
-        raise_top(at, next_integer(largest_of(largest)), first);
+        const int64_t summed = first ? 0 : value_stride;
+        raise_top(next_integer(largest_of(largest)), top[at], total[at], sums + at * value_stride, summed);
         const __m256 tops = _mm256_set1_ps(top[at]);
         for (int64_t r = 0; r < stop; r += kShareRows) {
             float* const scale = share_scales + r / kShareRows * call_.part_heads + head;
@@ -342,18 +338,6 @@ private:
         return step.scale;
     }
 
-    void raise_top(int64_t at, float to, bool first) const {
-        if (!(to > top[at])) return;
-        const float factor = power_of_two(top[at] - to);
-        top[at] = to;
-        total[at] *= factor;
-        if (first) return;
-        float* const of_head = sums + at * value_stride;
-        for (int64_t i = 0; i < value_stride; i += 8) {
-            _mm256_storeu_ps(of_head + i, _mm256_mul_ps(_mm256_loadu_ps(of_head + i), _mm256_set1_ps(factor)));
-        }
-    }
-
     // A line of channels, from `first` on, of all rows: of two rows each, the numbers of a channel beside each other.
     void pair_rows(int64_t first, int64_t rows) const {
         const int16_t* from = k + first;
@@ -369,16 +353,11 @@ private:
     // -------------------------------------------------------- the result
 
     TENFOLD_APART void finish(const Part& part, int64_t i) const {
-        float cos[most_pairs], sin[most_pairs];
-        turn(call_.position + part.first + i, call_.frequencies, call_.pairs, -1.0F, cos, sin);
-        for (int64_t h = 0; h < part.heads; ++h) {
+        finish_heads(call_, part.first + i, part.first_head, part.heads, [&](int64_t h, float* to) {
             const int64_t at = i * call_.part_heads + h;
             arrange(sums + at * value_stride, total[at]);
-            float* const to = call_.out + ((part.first + i) * call_.heads + part.first_head + h) * call_.value_dim;
             __builtin_memcpy(to, row, static_cast<uint64_t>(call_.value_dim) * 4);
-            float* const tail = to + call_.value_dim - 2 * call_.pairs;
-            rotate_row(tail, cos, sin, call_.pairs, true, tail);
-        }
+        });
     }
 
     // One head's sums, divided, in the order of channels: pairing rows took fours of each eight to either vector.

@@ -78,6 +78,12 @@ inline float power_of_two(float exponent) { return _mm256_cvtss_f32(power_of_two
 
 inline float next_integer(float x) { return _mm_cvtss_f32(_mm_ceil_ps(_mm_set_ss(x))); }
 
+// Up to the next eight; x is aligned to them.
+inline void multiply(float* x, int64_t count, float factor) {
+    const __m256 factors = _mm256_set1_ps(factor);
+    for (int64_t i = 0; i < count; i += 8) _mm256_store_ps(x + i, _mm256_mul_ps(_mm256_load_ps(x + i), factors));
+}
+
 #else
 
 inline float power_of_two(float exponent) {
@@ -93,7 +99,20 @@ inline float share_of(float x, float top) {
 
 inline float next_integer(float x) { return __builtin_ceilf(x); }
 
+inline void multiply(float* x, int64_t count, float factor) {
+    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+}
+
 #endif
+
+// Moves a head's reference point up to `to`, if that is higher, and with it what was summed so far.
+inline void raise_top(float to, float& top, float& total, float* values, int64_t count) {
+    if (!(to > top)) return;
+    const float factor = power_of_two(top - to);
+    top = to;
+    total *= factor;
+    multiply(values, count, factor);
+}
 
 // A head's reference point, and what it has been given, before the first row: the sink's share, if there is one.
 // Number -1 is a head that only fills a group.
@@ -105,6 +124,19 @@ inline void begin_softmax(const Attention& c, int64_t head, float& top, float& t
     if (!(sink > nothing)) return;
     top = next_integer(sink);
     total = share_of(sink, top);
+}
+
+// Results of some heads of a query: write(head, where to), then their tails are turned back.
+template <class Write>
+void finish_heads(const Attention& c, int64_t query, int64_t first_head, int64_t heads, const Write& write) {
+    float cos[most_pairs], sin[most_pairs];
+    turn(c.position + query, c.frequencies, c.pairs, -1.0F, cos, sin);
+    for (int64_t h = 0; h < heads; ++h) {
+        float* const to = c.out + (query * c.heads + first_head + h) * c.value_dim;
+        write(h, to);
+        float* const tail = to + c.value_dim - 2 * c.pairs;
+        rotate_row(tail, cos, sin, c.pairs, true, tail);
+    }
 }
 
 // Gathered rows lie anywhere in memory: those of the next block are asked for while this one is computed, a few

@@ -101,14 +101,19 @@ inline void decode_e2m1(const uint8_t* codes, int64_t count, float scale, float*
     for (; i < count; ++i) out[i] = e2m1_value(codes[i / 2] >> (i % 2 * 4) & 15) * scale;
 }
 
+#ifdef __AVX2__
+
+inline __m256 eight_bf16(const uint8_t* stored) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+#endif
+
 inline void decode_bf16(const uint8_t* stored, int64_t count, float* out) {
     int64_t i = 0;
 #ifdef __AVX2__
-    for (; i + 8 <= count; i += 8) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(stored + 2 * i));
-        const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-        _mm256_storeu_ps(out + i, _mm256_castsi256_ps(wide));
-    }
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, eight_bf16(stored + 2 * i));
 #endif
     for (; i < count; ++i) out[i] = bf16_value(stored + 2 * i);
 }

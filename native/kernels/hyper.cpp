@@ -3,6 +3,7 @@
 // Sixteen tokens make a tile: their projections share a pass over `fn`; the Sinkhorn iterations of eight run side
 // by side, a lane each. Every token is computed as if alone, so tiles and threads leave no trace in the result.
 #include "kernels.hpp"
+#include "lanes.hpp"
 #include "row_parts.hpp"
 #include "scratch.hpp"
 
@@ -23,12 +24,6 @@ float sigmoid(float x) { return 1.0F / (1.0F + __builtin_expf(-x)); }
 // ------------------------------------------------------------------------------------------ projection
 
 #ifdef __AVX2__
-
-float horizontal_sum(__m256 v) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
 
 // sums[t][o] += x[t] . fn[o] over `eights` vectors, lane by lane; rows lie `width` apart, tokens' sums `stride`.
 template <int tokens, int outputs>
@@ -78,7 +73,7 @@ void project(const float* x, const float* fn, int64_t tokens, int64_t width, int
     }
     for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t o = 0; o < outputs; ++o) {
-            float dot = horizontal_sum(_mm256_loadu_ps(sums + t * stride + 8 * o));
+            float dot = sum_of(_mm256_loadu_ps(sums + t * stride + 8 * o));
             for (int64_t c = whole; c < width; ++c) dot += x[t * width + c] * fn[o * width + c];
             out[t * out_stride + o] = dot;
         }
@@ -94,7 +89,7 @@ float mean_square(const float* x, int64_t width) {
             sums[k] = _mm256_fmadd_ps(v, v, sums[k]);
         }
     }
-    float sum = horizontal_sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+    float sum = sum_of(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
     for (; i < width; ++i) sum += x[i] * x[i];
     return sum / static_cast<float>(width);
 }

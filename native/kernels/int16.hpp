@@ -26,22 +26,6 @@ inline Step step_of(float largest, float together, float most) {
 
 #ifdef __AVX2__
 
-inline __m128 halves_of(__m256 v, __m128 (*of)(__m128, __m128)) {
-    const __m128 four = of(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = of(four, _mm_movehl_ps(four, four));
-    return of(two, _mm_movehdup_ps(two));
-}
-
-inline float largest_of(__m256 v) {
-    return _mm_cvtss_f32(halves_of(v, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); }));
-}
-
-inline float sum_of(__m256 v) {
-    return _mm_cvtss_f32(halves_of(v, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); }));
-}
-
-inline __m256 sizes_of(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), v); }
-
 // Sixteen numbers, rounded to whole ones.
 inline __m256i in_16_bits(__m256 first, __m256 second) {
     const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(first), _mm256_cvtps_epi32(second));

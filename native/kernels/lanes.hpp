@@ -42,6 +42,23 @@ inline bool has_byte(__m256i v, int8_t byte) {
     return _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(byte))) != 0;
 }
 
+// Halves taken together until one number is left.
+inline __m128 halves_of(__m256 v, __m128 (*of)(__m128, __m128)) {
+    const __m128 four = of(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = of(four, _mm_movehl_ps(four, four));
+    return of(two, _mm_movehdup_ps(two));
+}
+
+inline float largest_of(__m256 v) {
+    return _mm_cvtss_f32(halves_of(v, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); }));
+}
+
+inline float sum_of(__m256 v) {
+    return _mm_cvtss_f32(halves_of(v, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); }));
+}
+
+inline __m256 sizes_of(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), v); }
+
 #ifdef __AVX512VNNI__
 
 inline __m512 add_product(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -173,6 +190,12 @@ inline __m256i sides_sum(Ints v) { return v; }
 inline __m256 row_of(Floats v, int) { return v; }
 
 #endif
+
+// Of codes seen, whose signs were shifted out (twice_bytes) and of which the largest was kept.
+template <class Codes>
+bool has_nan_code(Codes worst) {
+    return has_byte(worst, -2);
+}
 
 constexpr int64_t kWide = 4 * kSide;  // rows of the four vectors that are summed at a time
 

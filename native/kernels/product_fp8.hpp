@@ -42,11 +42,6 @@ inline void decode_fp8(Codes v, Numbers (&w)[4], Codes& worst) {
     w[3] = as_floats(both(odd, mask));
 }
 
-template <class Codes>
-bool has_nan_code(Codes worst) {
-    return has_byte(worst, -2);
-}
-
 // 2^120 times a scale, if that is a power of two and not too large; else no finite number.
 inline float lifted(uint8_t scale) { return scale < 135 ? kE8m0.of[scale + 120] : __builtin_nanf(""); }
 

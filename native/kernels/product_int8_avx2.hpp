@@ -138,12 +138,6 @@ TENFOLD_APART void add_last_quad(const uint8_t* codes, const uint8_t* scale, int
     add_quad(rest, eight_of(scale, 0, blocks), whole, sums);
 }
 
-inline float sum_of_parts(__m256 parts) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(parts), _mm256_extractf128_ps(parts, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
 template <int Tokens>
 TENFOLD_APART void multiply_in_order(const Product& p, int64_t first, int64_t last) {
     const int64_t in = p.weight.in;
@@ -169,7 +163,7 @@ TENFOLD_APART void multiply_in_order(const Product& p, int64_t first, int64_t la
             scale += blocks;
             for (int t = 0; t < Tokens; ++t) {
                 float* const y = y_row(p, t, row);
-                *y = p.add || pair > 0 ? *y + sum_of_parts(sums[t]) : sum_of_parts(sums[t]);
+                *y = p.add || pair > 0 ? *y + sum_of(sums[t]) : sum_of(sums[t]);
             }
         }
     }
@@ -273,7 +267,7 @@ private:
     int64_t part_ = 0;
 };
 
-// y (+)= the parts of eight rows, added as sum_of_parts adds them.
+// y (+)= the parts of eight rows, added as sum_of adds them.
 inline void put_eight(float* y, const __m256* part, int64_t stride, int64_t rows, bool add) {
     __m256 four[4];
     for (int i = 0; i < 4; ++i) four[i] = _mm256_add_ps(part[i * stride], part[(i + 4) * stride]);

@@ -1,5 +1,6 @@
 #include "../threads.hpp"
 #include "kernels.hpp"
+#include "lanes.hpp"
 #include "row_parts.hpp"
 
 #ifdef __AVX2__
@@ -11,12 +12,6 @@ namespace {
 
 #ifdef __AVX2__
 
-float horizontal_sum(__m256 v) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
 float sum_of_squares(const float* x, int64_t width) {
     __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
     int64_t i = 0;
@@ -26,7 +21,7 @@ float sum_of_squares(const float* x, int64_t width) {
             sums[lane] = _mm256_fmadd_ps(v, v, sums[lane]);
         }
     }
-    float sum = horizontal_sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+    float sum = sum_of(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
     for (; i < width; ++i) sum += x[i] * x[i];
     return sum;
 }

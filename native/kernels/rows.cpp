@@ -1,6 +1,7 @@
 // Rows to and from the packed form of a session's memory, bit for bit as the reference does it.
 #include "decode_row.hpp"
 #include "kernels.hpp"
+#include "lanes.hpp"
 #include "row_parts.hpp"
 #include "scratch.hpp"
 
@@ -56,11 +57,9 @@ float largest_of(const float* x, int64_t count) {
 
 #ifdef __AVX2__
 
-__m256 absolute(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), v); }
-
 float largest_of_eights(const float* x, int64_t eights) {
     __m256 largest = _mm256_setzero_ps();
-    for (int64_t i = 0; i < eights; ++i) largest = _mm256_max_ps(absolute(_mm256_loadu_ps(x + 8 * i)), largest);
+    for (int64_t i = 0; i < eights; ++i) largest = _mm256_max_ps(sizes_of(_mm256_loadu_ps(x + 8 * i)), largest);
     float lanes[8];
     _mm256_storeu_ps(lanes, largest);
     return largest_of(lanes, 8);
@@ -95,7 +94,7 @@ __m256i e4m3_codes(__m256 v) {
 }
 
 __m256i e2m1_codes(__m256 v) {
-    const __m256 size = absolute(v);
+    const __m256 size = sizes_of(v);
     __m256i code = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 28), _mm256_set1_epi32(8));
     constexpr float passed[4] = {0.25F, 1.25F, 2.5F, 5.0F}, reached[3] = {0.75F, 1.75F, 3.5F};
     for (int i = 0; i < 4; ++i) {  // a true comparison is -1

@@ -19,9 +19,10 @@ inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 
 // Asks for memory that is read soon, unless it lies behind the `end` of what there is. The hardware foresees lines
 // within a page, not the next page.
+template <int nearness = 2>
 inline void ask_for(const uint8_t* from, int64_t num_bytes, const uint8_t* end) {
     if (end - from < num_bytes) num_bytes = end - from;
-    for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(from + at, 0, nearness);
 }
 
 // Aligned to cache lines, and zeroed unless it need not be; gone with the object.

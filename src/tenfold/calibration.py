@@ -111,7 +111,8 @@ def _attention_ops_per_s() -> float:
     layout, generator = kv_row_v4(_HEAD_DIM, _ROPE_DIM), torch.Generator().manual_seed(0)
     rows = cpu.pack_rows(torch.randn(_KEY_TILE, _HEAD_DIM, generator=generator), layout)
     chosen = [torch.randperm(_KEY_TILE, generator=generator)[:_SEEN].sort().values for _ in range(_SEEING)]
-    q, source = torch.randn(_SEEING, _HEADS, _HEAD_DIM), Rows(rows, layout, index=torch.stack(chosen).int())
+    q = torch.randn(_SEEING, _HEADS, _HEAD_DIM, generator=generator)
+    source = Rows(rows, layout, index=torch.stack(chosen).int())
     operations = 4 * _SEEING * _HEADS * _SEEN * _HEAD_DIM
     return operations / _median_s(lambda: cpu.sparse_attention(q, [source], None, _HEAD_DIM**-0.5, _HEAD_DIM, 0))
 
