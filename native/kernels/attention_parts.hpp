@@ -40,7 +40,6 @@ struct Part {
           heads(c.heads - first_head < c.part_heads ? c.heads - first_head : c.part_heads) {}
 };
 
-inline int64_t divided(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Few tiles of queries: heads are split too, in groups of `group`.
 inline void split_tasks(Attention& c, int64_t tile, int64_t group, int32_t threads) {

@@ -24,6 +24,7 @@ inline __m256i down16_signed(__m256i v, int bits) { return _mm256_srai_epi16(v, 
 inline __m256i up16(__m256i v, int bits) { return _mm256_slli_epi16(v, bits); }
 inline __m256i up32(__m256i v, int bits) { return _mm256_slli_epi32(v, bits); }
 inline __m256i all_lanes(__m256i, int32_t value) { return _mm256_set1_epi32(value); }
+inline __m256i spread_as(__m256i, __m128i bytes) { return _mm256_broadcastsi128_si256(bytes); }
 inline __m256 times(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
 inline __m256 to_floats(__m256i v) { return _mm256_cvtepi32_ps(v); }
 inline __m256i look_up(__m256i table, __m256i at) { return _mm256_shuffle_epi8(table, at); }
@@ -75,6 +76,7 @@ inline __m512i down16_signed(__m512i v, int bits) { return _mm512_srai_epi16(v, 
 inline __m512i up16(__m512i v, int bits) { return _mm512_slli_epi16(v, static_cast<unsigned>(bits)); }
 inline __m512i up32(__m512i v, int bits) { return _mm512_slli_epi32(v, static_cast<unsigned>(bits)); }
 inline __m512i all_lanes(__m512i, int32_t value) { return _mm512_set1_epi32(value); }
+inline __m512i spread_as(__m512i, __m128i bytes) { return _mm512_broadcast_i32x4(bytes); }
 inline __m512i sum32(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
 inline __m512i low8(__m512i a, __m512i b) { return _mm512_unpacklo_epi8(a, b); }
 inline __m512i high8(__m512i a, __m512i b) { return _mm512_unpackhi_epi8(a, b); }
@@ -130,11 +132,6 @@ inline Ints add_pairs(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum
 inline Ints halves_sum(Ints a, Ints b) {
     const Ints first = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), b);
     return sum32(first, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15), b));
-}
-
-// start + products of unsigned bytes a, b and signed bytes x, y, by fours.
-inline Ints dot_bytes(Ints start, Ints a, Ints x, Ints b, Ints y) {
-    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, a, x), b, y);
 }
 
 // Pieces of eight bytes in the order in which low and high halves, each byte grown to two, come out in theirs.

@@ -8,8 +8,6 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int kLanes = 8;                  // rows of a group on each side of a vector
-constexpr int64_t kGroup = kLanes * kSide;
 
 inline Wholes decoded(Ints codes, Ints& worst) {
     worst = larger_bytes(worst, twice_bytes(codes));
@@ -50,15 +48,6 @@ TENFOLD_APART Floats poison(const Group& rows, int64_t first, int64_t last) {
         }
     }
     return load(lanes);
-}
-
-inline void put_group(float* y, Floats sums, int64_t rows, bool add) {
-    if (rows >= kGroup) return store(y, add ? load(y) + sums : sums);
-    for (int64_t quad = 0; quad < rows; quad += kQuad) {
-        const __m256 side = row_of(sums, static_cast<int>(quad / kLanes));
-        const __m128 four = quad % kLanes == 0 ? _mm256_castps256_ps128(side) : _mm256_extractf128_ps(side, 1);
-        put(y + quad, four, smaller(kQuad, rows - quad), add);
-    }
 }
 
 inline Floats add_block(Ints exact, Floats x_scale, Floats scale, Floats sum) {
@@ -283,40 +272,17 @@ void multiply_tokens(const Product& p, const Tile& tile, int64_t group, int64_t 
     multiply_wide<Scale, Most>(p, tile, group, k, i, row, last);
 }
 
-// Codes of the next tile, asked for line by line while this one is multiplied: all at once they would not come in time.
-class Ahead {
-public:
-    Ahead(const Matrix& m, int64_t row, int64_t rows, int64_t k)
-        : codes_(static_cast<const char*>(m.codes) + row * m.in + k), in_(m.in), width_(smaller(kPanel, m.in - k)),
-          left_(rows) {}
-
-    void ask(int64_t lines) {
-        for (; lines > 0 && left_ > 0; --lines) {
-            _mm_prefetch(codes_ + at_, _MM_HINT_T1);
-            at_ += 64;
-            if (at_ < width_) continue;
-            at_ = 0;
-            codes_ += in_;
-            --left_;
-        }
-    }
-
-private:
-    const char* codes_;
-    int64_t in_, width_, left_, at_ = 0;
-};
-
 // Columns [k, k + kPanel) of weight rows [first, last), in a tile, times activation rows [i, stop).
 template <class Scale>
 void multiply_tile(const Product& p, Tile& tile, int64_t k, int64_t first, int64_t last, int64_t i, int64_t stop,
-                   Ahead ahead) {
+                   CodesAhead ahead) {
     constexpr int64_t kRows = kGroups * kGroup;
     for (int64_t row = first; row < round_up(last - first, kRows) + first; row += kGroup) {
         const int64_t group = (row - first) / kGroup;
         tile.start[group] = unpack(Group(p.weight, row, last), k, smaller(k + kPanel, p.weight.in), tile.pairs[group]);
     }
     const int64_t calls = (stop - i + kAtOnce - 1) / kAtOnce * ((last - first + kRows - 1) / kRows);
-    const int64_t lines = (kTileRows * (kPanel / 64) + calls - 1) / calls;
+    const int64_t lines = divided(ahead.lines(), calls);
     for (int64_t home = i; home < stop; home += kAtHome) {
         const int64_t home_stop = smaller(home + kAtHome, stop);
         for (int64_t row = first; row < last; row += kRows) {
@@ -341,7 +307,8 @@ void multiply_near(const Product& p, Tile& tile, int64_t first, int64_t last, in
                 next_k = k + kPanel < in ? k + kPanel : 0;
                 next = next_k > 0 ? first : last;
             }
-            const Ahead ahead(p.weight, next, smaller(tile_rows, p.weight.out - next), next_k);
+            const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + next * in + next_k;
+            const CodesAhead ahead(codes, in, smaller(kPanel, in - next_k), smaller(tile_rows, p.weight.out - next));
             multiply_tile<Scale>(p, tile, k, row, smaller(row + tile_rows, last), i, stop, ahead);
         }
     }

@@ -7,10 +7,8 @@
 
 #ifndef __AMX_BF16__
 
-#ifdef __AVX512VNNI__
-#include "product_int8_avx512.hpp"
-#elif defined(__AVX2__)
-#include "product_int8_avx2.hpp"
+#ifdef __AVX2__
+#include "product_int8_lanes.hpp"
 #endif
 
 namespace tenfold::TENFOLD_ISA {

@@ -37,26 +37,5 @@ struct Group {
     }
 };
 
-#ifdef __AVX2__
-
-// Eight e8m0 bytes as numbers; 0 is subnormal and 255 is NaN, which shifting alone would both miss.
-inline __m256 powers_of(__m128i codes) {
-    const __m256i wide = _mm256_cvtepu8_epi32(codes);
-    const __m256i number = _mm256_max_epu32(_mm256_slli_epi32(wide, 23), _mm256_set1_epi32(0x00400000));
-    return _mm256_castsi256_ps(_mm256_or_si256(number, _mm256_cmpeq_epi32(wide, _mm256_set1_epi32(255))));
-}
-
-inline __m128i load_eight(const uint8_t* bytes) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)); }
-
-// Eight bytes of a row from `at` on, zeros behind its `count`.
-inline __m128i eight_of(const uint8_t* row, int64_t at, int64_t count) {
-    if (count - at >= 8) return load_eight(row + at);
-    uint8_t rest[8] = {};
-    std::memcpy(rest, row + at, static_cast<size_t>(count - at));
-    return load_eight(rest);
-}
-
-#endif
-
 }  // namespace
 }  // namespace tenfold::TENFOLD_ISA

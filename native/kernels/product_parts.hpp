@@ -79,6 +79,9 @@ class KeepSubnormals {};
 
 #ifdef __AVX2__
 
+constexpr int kLanes = 8;                   // on each side of a vector
+constexpr int64_t kGroup = kLanes * kSide;  // weight rows, one to a lane
+
 // The sums of the eight lanes of four vectors: each ((0 + 2) + (1 + 3)) + ((4 + 6) + (5 + 7)).
 inline __m128 lane_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -98,6 +101,16 @@ inline void put(float* y, __m128 sums, int64_t rows, bool add) {
     _mm_storeu_ps(y, add ? _mm_add_ps(_mm_loadu_ps(y), sums) : sums);
 }
 
+// Sums of up to as many weight rows as a vector has lanes.
+inline void put_group(float* y, Floats sums, int64_t rows, bool add) {
+    if (rows >= kGroup) return store(y, add ? load(y) + sums : sums);
+    for (int64_t quad = 0; quad < rows; quad += kQuad) {
+        const __m256 side = row_of(sums, static_cast<int>(quad / kLanes));
+        const __m128 four = quad % kLanes == 0 ? _mm256_castps256_ps128(side) : _mm256_extractf128_ps(side, 1);
+        put(y + quad, four, smaller(kQuad, rows - quad), add);
+    }
+}
+
 // Sums of four weight rows from `first` on with one activation row, from vectors of lanes that lie `stride` apart.
 inline __m128 quad_sums(const Floats* sums, int64_t stride, int64_t first) {
     return lane_sums(row_at(sums, stride, first), row_at(sums, stride, first + 1), row_at(sums, stride, first + 2),
@@ -115,6 +128,31 @@ constexpr int64_t kMostTokens = 2 + kSide;
 inline int64_t tokens_of(int64_t left, int64_t most = kMostTokens) {
     return left == most + 1 ? most - 1 : smaller(left, most);
 }
+
+// Codes of the next tile, asked for line by line while this one is multiplied: all at once they would not come in time.
+class CodesAhead {
+public:
+    // `width` bytes of each of `rows` rows.
+    CodesAhead(const uint8_t* codes, int64_t row_bytes, int64_t width, int64_t rows)
+        : codes_(codes), row_bytes_(row_bytes), width_(width), left_(rows) {}
+
+    int64_t lines() const { return left_ * ((width_ + 63) / 64); }
+
+    void ask(int64_t lines) {
+        for (; lines > 0 && left_ > 0; --lines) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes_ + at_), _MM_HINT_T1);
+            at_ += 64;
+            if (at_ < width_) continue;
+            at_ = 0;
+            codes_ += row_bytes_;
+            --left_;
+        }
+    }
+
+private:
+    const uint8_t* codes_;
+    int64_t row_bytes_, width_, left_, at_ = 0;
+};
 
 inline void prefetch_lines(const void* from, int64_t num_bytes) {
     for (int64_t line = 0; line < num_bytes; line += 64) {

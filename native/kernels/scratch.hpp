@@ -15,7 +15,8 @@ namespace {
 // fall into two of the cache's sets.
 inline int64_t padded_stride(int64_t width) { return ((width + 15) / 16 | 1) * 16; }
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t divided(int64_t value, int64_t by) { return (value + by - 1) / by; }  // rounded up
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return divided(value, multiple) * multiple; }
 
 // Asks for memory that is read soon, unless it lies behind the `end` of what there is. The hardware foresees lines
 // within a page, not the next page.
