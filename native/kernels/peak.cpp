@@ -24,8 +24,8 @@ int64_t read_range(const uint8_t* data, int64_t begin, int64_t end) {
         for (int i = 0; i < 4; ++i) {
             sums[i] = _mm256_xor_si256(sums[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + at + 32 * i)));
         }
-        _mm_prefetch(reinterpret_cast<const char*>(data + at + 4096), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(data + at + 4160), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(data + at + 4096), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(data + at + 4160), _MM_HINT_T1);
     }
     const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
     int64_t lanes[4];

@@ -162,7 +162,7 @@ template <class Row>
 inline void prefetch(const typename Row::Code* codes, int64_t k, int64_t ahead) {
     const char* next = reinterpret_cast<const char*>(codes) + ahead;
     if (Row::kBlockBytes < 64 && k / 32 * Row::kBlockBytes % 64 != 0) return;  // one line holds several blocks
-    for (int64_t line = 0; line < Row::kBlockBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+    for (int64_t line = 0; line < Row::kBlockBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
 }
 
 // A NaN among the codes makes a whole sum NaN; it is rare, so the row is searched for again.

@@ -94,7 +94,7 @@ inline bool dot_codes(const uint8_t* const* codes, const float* x, int64_t width
         if (k % 64 == 0) {
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
-                _mm_prefetch(reinterpret_cast<const char*>(codes[r]) + k + ahead, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(codes[r]) + k + ahead, _MM_HINT_T1);
             }
         }
 #pragma GCC unroll 8

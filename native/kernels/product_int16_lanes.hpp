@@ -112,8 +112,8 @@ TENFOLD_APART void dot_group(const Product& p, const Group& rows, int64_t first,
             const uint8_t* const* const codes = rows.codes + kSide * lane;
             for (int side = 0; side < kSide; ++side) {
                 const char* const next = reinterpret_cast<const char*>(codes[side]) + first + k + ahead;
-                _mm_prefetch(next, _MM_HINT_T0);
-                _mm_prefetch(next + 64, _MM_HINT_T0);
+                _mm_prefetch(next, _MM_HINT_T1);
+                _mm_prefetch(next + 64, _MM_HINT_T1);
             }
             Ints of_tokens[Tokens];
             dot_rows(codes, first + k, whole / kStep, x + 2 * k, stride, of_tokens, worst);
