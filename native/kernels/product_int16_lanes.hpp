@@ -159,7 +159,7 @@ void multiply_few(const Product& p, int64_t first, int64_t last) {
 // ---------------------------------------------------------------- more rows: weights are decoded into a tile first
 
 constexpr int kGroups = 2;                      // that are multiplied at a time
-constexpr int kAtOnce = kSide == 2 ? 8 : 6;     // activation rows: as many as the registers hold sums of
+constexpr int kAtOnce = 6;                      // activation rows: as many as 16 registers hold sums of
 constexpr int64_t kAtHome = 2 * kAtOnce;        // activation rows of one panel at home in the first cache
 constexpr int64_t kPanelPairs = kPanel / 2;
 

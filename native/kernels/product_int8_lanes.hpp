@@ -285,10 +285,8 @@ inline void turned(const uint8_t* const* rows, int64_t offset, Ints (&out)[4]) {
     out[3] = high64(b, d);
 }
 
-constexpr int64_t kRegisterTokens = kSide == 1 ? 6 : 8;  // activation rows that are multiplied at a time
-
-// Block after block of so many activation rows. They lie `stride` bytes apart, which an address can add once or twice to
-// a register: one register reaches three.
+// Block after block of some activation rows, up to six. They lie `stride` bytes apart, which an address can add once or
+// twice to a register: two registers reach them all.
 class Activations {
 public:
     Activations(const Product& p, int64_t pair, int64_t i)
@@ -298,14 +296,14 @@ public:
     void to(int64_t block) {
         if (block % 8 == 0 && block > 0) quad_ += kQuadBytes;
         part_ = part_of(block);
-        near_[0] = quad_ + offsetof(Quad, pair) + block % 8 / 2 * kPairBytes + block % 2 * 16;
-        for (int i = 1; i < divided(kRegisterTokens, 3); ++i) near_[i] = near_[i - 1] + 3 * stride_;
+        first_ = quad_ + offsetof(Quad, pair) + block % 8 / 2 * kPairBytes + block % 2 * 16;
+        fourth_ = first_ + 3 * stride_;
     }
 
     // Row t's four columns, even or odd ones, `offset` bytes behind its first even ones.
     template <int t>
     const uint8_t* near() const {
-        return near_[t / 3];
+        return t < 3 ? first_ : fourth_;
     }
 
     int64_t stride() const { return stride_; }
@@ -321,7 +319,7 @@ private:
 
     const uint8_t* quad_;
     int64_t stride_;
-    const uint8_t* near_[divided(kRegisterTokens, 3)] = {};
+    const uint8_t *first_ = nullptr, *fourth_ = nullptr;
     int64_t part_ = 0;
 };
 
@@ -339,9 +337,10 @@ struct Block {
     Floats scale;
 };
 
-constexpr int64_t kGroupBlocks = 2 * kPairs;            // of one group in a tile
-constexpr int kGroups = 2;                              // that are multiplied at a time
-constexpr int64_t kPanelTokens = kSide == 1 ? 18 : 16;  // at home in the first cache
+constexpr int64_t kGroupBlocks = 2 * kPairs;  // of one group in a tile
+constexpr int kGroups = 2;                    // that are multiplied at a time, by kRegisterTokens activation rows
+constexpr int64_t kRegisterTokens = 6;
+constexpr int64_t kPanelTokens = 18;  // 23 KiB, at home in the first cache
 
 TENFOLD_APART void unpack(const Rows& rows, int64_t in, int64_t pair, Block* to) {
     const int64_t blocks = blocks_of(in, pair);
