@@ -712,6 +712,20 @@ def test_many_tokens_of_an_expert_do_not_influence_each_other(form: WeightFormat
     assert torch.equal(torch.cat([run(slice(0, 33)), run(slice(33, 171))]), together)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "scalar"])
+@format_cases
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("rounded", [False, True])
+def test_more_rows_than_stay_near_do_not_influence_each_other(form: WeightFormat, isa: str, rounded: bool) -> None:
+    """Both ways: 401 activations are taken in blocks, and so are the 550 weight rows of either thread."""
+    columns = 1056 if form is MXFP4 else 1061
+    w, x = weight(form, 1100, columns), rows(401, columns)
+    together = cpu_linear.linear(x, w, rounded=rounded, isa=isa)
+    assert relative_error(together, law(x, w)) < (2e-2 if rounded else 1e-5)
+    for part in (slice(0, 5), slice(185, 203), slice(190, 390), slice(400, 401)):
+        assert torch.equal(cpu_linear.linear(x[part], w, rounded=rounded, isa=isa), together[part])
+
+
 @pytest.mark.skipif("avx512" not in ISAS, reason="this CPU has no AVX-512 with VNNI")
 def test_two_rows_side_by_side_have_the_bits_of_one() -> None:
     for form in FORMATS:
