@@ -302,13 +302,10 @@ void multiply_near(const Product& p, Tile& tile, int64_t first, int64_t last, in
     const int64_t in = p.weight.in, tile_rows = stop - i <= kAtHome ? kGroups * kGroup : kTileRows;
     for (int64_t k = 0; k < in; k += kPanel) {
         for (int64_t row = first; row < last; row += tile_rows) {
-            int64_t next = row + tile_rows, next_k = k;
-            if (next >= last) {
-                next_k = k + kPanel < in ? k + kPanel : 0;
-                next = next_k > 0 ? first : last;
-            }
-            const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + next * in + next_k;
-            const CodesAhead ahead(codes, in, smaller(kPanel, in - next_k), smaller(tile_rows, p.weight.out - next));
+            const Place next = tile_behind({row, k}, tile_rows, first, last, kPanel, in);
+            const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + next.row * in + next.panel;
+            const int64_t rows = smaller(tile_rows, p.weight.out - next.row);
+            const CodesAhead ahead(codes, in, smaller(kPanel, in - next.panel), rows);
             multiply_tile<Scale>(p, tile, k, row, smaller(row + tile_rows, last), i, stop, ahead);
         }
     }

@@ -485,13 +485,11 @@ void multiply_near(const Product& p, Block* tile, int64_t first, int64_t last, i
     const int64_t in = p.weight.in, tile_rows = stop - i <= kPanelTokens ? kGroups * kGroup : kTileRows;
     for (int64_t pair = 0; pair < num_pairs(in); pair += kPairs) {
         for (int64_t row = first; row < last; row += tile_rows) {
-            int64_t next = row + tile_rows, next_pair = pair;
-            if (next >= last) {
-                next_pair = pair + kPairs < num_pairs(in) ? pair + kPairs : 0;
-                next = next_pair > 0 ? first : last;
-            }
-            const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + next * (in / 2) + 32 * next_pair;
-            const CodesAhead ahead(codes, in / 2, 16 * blocks_of(in, next_pair), smaller(tile_rows, p.weight.out - next));
+            const Place next = tile_behind({row, pair}, tile_rows, first, last, kPairs, num_pairs(in));
+            const int64_t offset = next.row * (in / 2) + 32 * next.panel;
+            const uint8_t* const codes = static_cast<const uint8_t*>(p.weight.codes) + offset;
+            const int64_t rows = smaller(tile_rows, p.weight.out - next.row);
+            const CodesAhead ahead(codes, in / 2, 16 * blocks_of(in, next.panel), rows);
             multiply_tile(p, tile, pair, row, smaller(row + tile_rows, last), i, stop, ahead);
         }
     }

@@ -129,6 +129,19 @@ inline int64_t tokens_of(int64_t left, int64_t most = kMostTokens) {
     return left == most + 1 ? most - 1 : smaller(left, most);
 }
 
+// A tile of weights, by its first row and its panel.
+struct Place {
+    int64_t row, panel;
+};
+
+// The tile behind `at` of rows [first, last): panels of `width` up to `end`, in each all rows. None is the last row and
+// panel 0.
+inline Place tile_behind(Place at, int64_t tile_rows, int64_t first, int64_t last, int64_t width, int64_t end) {
+    if (at.row + tile_rows < last) return {at.row + tile_rows, at.panel};
+    if (at.panel + width < end) return {first, at.panel + width};
+    return {last, 0};
+}
+
 // Codes of the next tile, asked for line by line while this one is multiplied: all at once they would not come in time.
 class CodesAhead {
 public:
