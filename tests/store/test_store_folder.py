@@ -320,6 +320,10 @@ def test_every_call_fails(tmp_path: Path) -> None:
     check_faults(tmp_path, 1)
 
 
+def test_processes_that_make_one_index_at_once(tmp_path: Path) -> None:
+    assert run("tests.store.births", tmp_path) == {"failed": 0}
+
+
 def test_two_processes_on_one_store(tmp_path: Path) -> None:
     found = run("tests.store.together", tmp_path / "store")
     assert found == {"failed": 0, "wrong": 0, "missing": 0, "warnings": 0, "written_again": 0, "over_limit": 0}

@@ -20,6 +20,7 @@ from typing import Any
 __all__ = ["Index", "PointRow", "SegmentRow"]
 
 _BUSY_TIMEOUT_S = 30.0
+_BUSY_PAUSE_S = 0.005
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS segments (
   key TEXT PRIMARY KEY, digest TEXT NOT NULL, model TEXT NOT NULL, parent TEXT NOT NULL,
@@ -80,7 +81,7 @@ class Index:
         self._db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         self._db.text_factory = lambda text: text.decode(errors="replace")  # damage must not look like a failing disk
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
+            self._keep_a_log()
             self._db.execute("PRAGMA synchronous=NORMAL")  # a commit lost with the power is found again in the files
             self._db.execute("PRAGMA wal_autocheckpoint=100")  # pages: the log stays small, also on a small disk
             self._db.executescript(_SCHEMA)
@@ -91,6 +92,18 @@ class Index:
             if _is_damage(exc, path):
                 raise sqlite3.DatabaseError(str(exc)) from exc
             raise
+
+    def _keep_a_log(self) -> None:
+        """SQLite refuses at once, whatever its timeout, where another process turns a new index to its log just now."""
+        until_s = time.monotonic() + _BUSY_TIMEOUT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until_s:
+                    raise
+            time.sleep(_BUSY_PAUSE_S)
 
     def _check(self) -> None:
         """Raises sqlite3.DatabaseError unless all of it agrees and makes sense: damage would else be met in use."""
