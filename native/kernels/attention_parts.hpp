@@ -40,7 +40,6 @@ struct Part {
           heads(c.heads - first_head < c.part_heads ? c.heads - first_head : c.part_heads) {}
 };
 
-
 // Few tiles of queries: heads are split too, in groups of `group`.
 inline void split_tasks(Attention& c, int64_t tile, int64_t group, int32_t threads) {
     const int64_t share_each = divided(c.n, threads);

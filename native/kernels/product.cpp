@@ -392,12 +392,11 @@ template <class Row>
 void multiply_as(const Product& p, int64_t first, int64_t last) {
     if (p.count <= kFew) return multiply_few<Row>(p, first, last);
     alignas(64) float tile[kTileRows * kPanel];
-    const int64_t blocks = (p.count + kNearTokens - 1) / kNearTokens;
-    const int64_t near_tokens = round_up((p.count + blocks - 1) / blocks, kTokens);
+    const int64_t together = near_tokens(p.count, kTokens);
     const int64_t near_rows = p.count <= kTokens ? tile_rows(p.count) : kNearRows;
-    for (int64_t i = 0; i < p.count; i += near_tokens) {
+    for (int64_t i = 0; i < p.count; i += together) {
         for (int64_t row = first; row < last; row += near_rows) {
-            multiply_block<Row>(p, tile, row, smaller(row + near_rows, last), i, smaller(i + near_tokens, p.count));
+            multiply_block<Row>(p, tile, row, smaller(row + near_rows, last), i, smaller(i + together, p.count));
         }
     }
 }

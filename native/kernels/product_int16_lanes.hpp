@@ -281,7 +281,7 @@ void multiply_tile(const Product& p, Tile& tile, int64_t k, int64_t first, int64
         const int64_t group = (row - first) / kGroup;
         tile.start[group] = unpack(Group(p.weight, row, last), k, smaller(k + kPanel, p.weight.in), tile.pairs[group]);
     }
-    const int64_t calls = (stop - i + kAtOnce - 1) / kAtOnce * ((last - first + kRows - 1) / kRows);
+    const int64_t calls = divided(stop - i, kAtOnce) * divided(last - first, kRows);
     const int64_t lines = divided(ahead.lines(), calls);
     for (int64_t home = i; home < stop; home += kAtHome) {
         const int64_t home_stop = smaller(home + kAtHome, stop);
@@ -314,10 +314,9 @@ void multiply_near(const Product& p, Tile& tile, int64_t first, int64_t last, in
 template <class Scale>
 void multiply_many(const Product& p, int64_t first, int64_t last) {
     Tile tile;
-    const int64_t blocks = (p.count + kNearTokens - 1) / kNearTokens;
-    const int64_t near_tokens = round_up((p.count + blocks - 1) / blocks, kAtHome);
-    for (int64_t i = 0; i < p.count; i += near_tokens) {
-        multiply_near<Scale>(p, tile, first, last, i, smaller(i + near_tokens, p.count));
+    const int64_t together = near_tokens(p.count, kAtHome);
+    for (int64_t i = 0; i < p.count; i += together) {
+        multiply_near<Scale>(p, tile, first, last, i, smaller(i + together, p.count));
     }
 }
 

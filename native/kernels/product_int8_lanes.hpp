@@ -498,10 +498,10 @@ void multiply_near(const Product& p, Block* tile, int64_t first, int64_t last, i
 void multiply_rows(const Product& p, int64_t first, int64_t last) {
     if (p.count <= kFew) return multiply_few(p, first, last);
     Block tile[kTileRows / kGroup * kGroupBlocks];
-    const int64_t near_tokens = round_up(divided(p.count, divided(p.count, kNearTokens)), kPanelTokens);
+    const int64_t together = near_tokens(p.count, kPanelTokens);
     for (int64_t row = first; row < last; row += kNearRows) {
-        for (int64_t i = 0; i < p.count; i += near_tokens) {
-            multiply_near(p, tile, row, smaller(row + kNearRows, last), i, smaller(i + near_tokens, p.count));
+        for (int64_t i = 0; i < p.count; i += together) {
+            multiply_near(p, tile, row, smaller(row + kNearRows, last), i, smaller(i + together, p.count));
         }
     }
 }

@@ -129,6 +129,11 @@ inline int64_t tokens_of(int64_t left, int64_t most = kMostTokens) {
     return left == most + 1 ? most - 1 : smaller(left, most);
 }
 
+// Activation rows that are taken together: no more than stay near, about as many each time, a multiple of `home`.
+inline int64_t near_tokens(int64_t count, int64_t home) {
+    return round_up(divided(count, divided(count, kNearTokens)), home);
+}
+
 // A tile of weights, by its first row and its panel.
 struct Place {
     int64_t row, panel;
@@ -149,7 +154,7 @@ public:
     CodesAhead(const uint8_t* codes, int64_t row_bytes, int64_t width, int64_t rows)
         : codes_(codes), row_bytes_(row_bytes), width_(width), left_(rows) {}
 
-    int64_t lines() const { return left_ * ((width_ + 63) / 64); }
+    int64_t lines() const { return left_ * divided(width_, 64); }
 
     void ask(int64_t lines) {
         for (; lines > 0 && left_ > 0; --lines) {
